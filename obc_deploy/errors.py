@@ -59,6 +59,10 @@ class RuntimeFailedError(ObcDeployError):
     """A runtime's worker crashed, hung, or refused the artifact."""
 
 
+class MeasurementError(ObcDeployError, ValueError):
+    """Timings or counts that say nothing: missing, not finite, or a plan that measures nothing."""
+
+
 class SlowerThanDenseError(ObcDeployError):
     """A compressed network that measured slower than the dense one."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-ArrayT = TypeVar("ArrayT", "np.ndarray", "torch.Tensor")  # type: ignore[type-arg]
+ArrayT = TypeVar("ArrayT", "np.ndarray", "torch.Tensor")
 
 DEFAULT_DAMPING = 0.01
 """Share of the mean diagonal that is added to the Hessian's diagonal."""
@@ -33,7 +33,8 @@ class LayerProblem:
         weight: (rows, cols) float. Columns run over input channels within one kernel position, so
             that `m` consecutive columns are `m` consecutive input channels.
         hessian: (cols, cols), or (groups, cols, cols) for a grouped convolution: its rows are split
-            evenly and in order among the groups. Undamped.
+            evenly and in order among the groups. Undamped. None where only
+            methods that need none are asked for.
         damping: relative damping, `damping * mean(diag(H))` is added to the diagonal.
         channels: input channels that share one kernel position; blocks and N:M groups never cross a
             multiple of it. `cols` for a linear layer.
@@ -41,7 +42,7 @@ class LayerProblem:
     """
 
     weight: torch.Tensor
-    hessian: torch.Tensor
+    hessian: torch.Tensor | None
     damping: float = DEFAULT_DAMPING
     channels: int | None = None
     name: str = "layer"

@@ -1,0 +1,1 @@
+"""Measuring what compression was worth: timing, statistics, tables and the report."""

@@ -1,0 +1,213 @@
+"""Capture: a PyTorch model becomes a graph of ATen operators whose parameters keep their names.
+
+Everything after this works on that graph: no matter whether the model was written with modules,
+functions, or came as a `.pt2` file, a convolution is a convolution node with a named weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from obc_deploy.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+EXAMPLE_BATCH = 2
+"""Samples in the example a model is captured with; one would fix the batch dimension at 1."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A captured model in evaluation mode.
+
+    Attributes:
+        module: the functional ATen graph; parameters and buffers keep the model's names.
+        example: one small batch of inputs on the CPU, as the graph takes them.
+        dynamic_batch: whether the first dimension of every input may change.
+    """
+
+    module: fx.GraphModule
+    example: tuple[Tensor, ...]
+    dynamic_batch: bool
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs' names in the order the graph takes them."""
+        return tuple(node.name for node in self.module.graph.nodes if node.op == "placeholder")
+
+    @property
+    def batch_size(self) -> int | None:
+        """The only batch size the graph takes, or None where any is fine."""
+        return None if self.dynamic_batch else int(self.example[0].shape[0])
+
+    def copy(self) -> Network:
+        """The same network with parameters of its own."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Network(copy.deepcopy(self.module), self.example, self.dynamic_batch)
+
+
+def _export(model: nn.Module, example: tuple[Tensor, ...], *, dynamic: bool) -> ExportedProgram:
+    shapes: Any = None
+    if dynamic:
+        shapes = tuple({0: torch.export.Dim.AUTO} for _ in example)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, example, dynamic_shapes=shapes)
+
+
+def _has_dynamic_batch(program: ExportedProgram) -> bool:
+    names = set(program.graph_signature.user_inputs)
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    return all(not isinstance(node.meta["val"].shape[0], int) for node in inputs)
+
+
+def _captured(program: ExportedProgram) -> fx.GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = program.run_decompositions({}).module(check_guards=False)
+    if not isinstance(module, fx.GraphModule):
+        raise ModelError(f"the captured model is a {type(module).__name__}, not a graph; export it anew")
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def capture(model: nn.Module | ExportedProgram, example: Sequence[Tensor]) -> Network:
+    """Capture a model with `torch.export` on an example batch, with a dynamic batch where it allows.
+
+    The caller's model is left as it is: the captured graph owns copies of its parameters, in
+    evaluation mode.
+
+    Args:
+        model: a module or an exported program (from a `.pt2` file).
+        example: one tensor an input, first dimension the batch.
+
+    Raises:
+        ModelError: the model cannot be captured, was captured in training mode, or holds a
+            parameter that is not finite.
+    """
+    inputs = tuple(tensor.detach().cpu() for tensor in example)
+    if isinstance(model, nn.Module):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = copy.deepcopy(model).cpu().eval()
+        _check_finite(model)
+        pair = tuple(_at_batch(tensor, EXAMPLE_BATCH) for tensor in inputs)
+        try:
+            program = _export(model, pair, dynamic=True)
+            if not _has_dynamic_batch(program):
+                inputs = tuple(tensor[:1] for tensor in inputs)
+                program = _export(model, inputs, dynamic=False)
+            else:
+                inputs = pair
+        except Exception as error:
+            raise ModelError(
+                f"torch.export cannot capture {type(model).__name__} on inputs of shape "
+                f"{[tuple(tensor.shape) for tensor in inputs]}: {_reason(error)}; check that the "
+                "input shape fits the model, and rewrite data-dependent Python control flow in forward"
+            ) from error
+    else:
+        program = model
+        names = program.graph_signature.user_inputs
+        if len(names) != len(inputs):
+            raise ModelError(
+                f"the exported program takes {len(names)} inputs ({', '.join(map(str, names))}), the "
+                f"calibration data has {len(inputs)}; name the .npz keys after the inputs"
+            )
+        batch = EXAMPLE_BATCH
+        if not _has_dynamic_batch(program):
+            node = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == names[0])
+            batch = int(node.meta["val"].shape[0])
+        inputs = tuple(_at_batch(tensor, batch) for tensor in inputs)
+    dynamic = _has_dynamic_batch(program)
+    module = copy.deepcopy(_captured(program))
+    _check_finite(module)
+    _check_evaluation(module)
+    return Network(module, inputs, dynamic)
+
+
+def _at_batch(tensor: Tensor, batch: int) -> Tensor:
+    repeats = -(-batch // tensor.shape[0])
+    return tensor.repeat(repeats, *([1] * (tensor.dim() - 1)))[:batch].contiguous()
+
+
+def _check_finite(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"parameter '{name}' has {count} values that are NaN or Inf; load a checkpoint that "
+                "is finite (torch.isfinite finds the first bad one)"
+            )
+
+
+def _check_evaluation(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        name = str(node.target)
+        training = "batch_norm" in name and "no_training" not in name and "functional" in name
+        if training or (name == "aten.batch_norm.default" and node.args[5]):
+            raise ModelError(
+                f"'{node.name}' was captured in training mode; call model.eval() before exporting it"
+            )
+
+
+def parameter_name(node: object) -> str | None:
+    """The dotted name of the parameter or buffer a node stands for, or None."""
+    if isinstance(node, fx.Node) and node.op == "get_attr" and isinstance(node.target, str):
+        return node.target
+    return None
+
+
+def get_tensor(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that dotted name."""
+    return operator.attrgetter(name)(module)  # type: ignore[no-any-return]
+
+
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of the parameter or buffer of that dotted name, or add a buffer."""
+    prefix, _, leaf = name.rpartition(".")
+    owner = module
+    for part in prefix.split(".") if prefix else ():
+        child = getattr(owner, part, None)
+        if child is None:
+            child = nn.Module()
+            owner.add_module(part, child)
+        owner = child
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    elif leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+class Watcher(fx.Interpreter):
+    """Runs a captured graph and shows each node's value to `watch(node, value)`."""
+
+    def __init__(self, module: fx.GraphModule, watch: Any) -> None:
+        super().__init__(module)
+        self._watch = watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, then show its value."""
+        value = super().run_node(n)
+        if n.op == "call_function":
+            self._watch(n, value)
+        return value

@@ -1,0 +1,375 @@
+"""The quantized network: quantizers placed in the graph, simulated in PyTorch, exported as they are.
+
+Two operators stand for ONNX's QuantizeLinear/DequantizeLinear, with its arithmetic (divide in
+float32, round half to even, saturate). The graph that PyTorch runs for accuracy is the very graph
+that the exporter writes, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from obc_deploy.activations import ActivationGrid, ActivationRange, activation_grid
+from obc_deploy.capture import Network, get_tensor, set_tensor
+from obc_deploy.errors import ExportError
+from obc_deploy.layers import Layer, LayerKind, matrix_to_weight
+from obc_deploy.solvers.contract import CompressedLayer
+from obc_deploy.targets import Placement, int8_obstacle
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("obc_deploy::quantize_dequantize", mutates_args=())
+def quantize_dequantize(
+    values: Tensor, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int
+) -> Tensor:
+    """(clamp(round(x / scale) + zero_point) - zero_point) * scale: a tensor on its grid, as float32."""
+    zero = zero_point.to(torch.float32)
+    codes = torch.clamp(torch.round(values / scale) + zero, code_min, code_max)
+    return (codes - zero) * scale
+
+
+@quantize_dequantize.register_fake
+def _(values: Tensor, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int) -> Tensor:
+    return torch.empty_like(values)
+
+
+@torch.library.custom_op("obc_deploy::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """(codes - zero_point) * scale along one axis: a constant weight or bias from its codes."""
+    shape = [1] * codes.dim()
+    shape[axis] = -1
+    centred = codes.to(torch.float32) - zero_point.to(torch.float32).reshape(shape)
+    return centred * scale.reshape(shape)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+
+
+QUANTIZE_DEQUANTIZE = torch.ops.obc_deploy.quantize_dequantize.default
+DEQUANTIZE = torch.ops.obc_deploy.dequantize.default
+
+_ADDS = frozenset({aten.add.Tensor})
+_CONCATS = frozenset({aten.cat.default})
+_AVERAGE_POOLS = frozenset(
+    {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.mean.dim}
+)
+_RECTIFIERS = frozenset({aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.relu6.default})
+_SAME_VALUES = frozenset(
+    {
+        aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
+        aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim,
+        aten.squeeze.dims, aten.squeeze.default, aten.dropout.default, aten.clone.default,
+        aten.slice.Tensor,
+    }
+)  # fmt: skip
+"""Operators whose output holds only values of their input: they stay on its grid."""
+
+
+@dataclass(frozen=True)
+class QuantizedNetwork:
+    """A network with its quantizers in place.
+
+    Attributes:
+        module: the graph that simulates the runtime's arithmetic.
+        int8_layers: layers that run on int8 activations.
+        float_layers: quantized or pruned layers that compute in float, with the reason.
+        grids: grids of the activations, by the node they follow.
+    """
+
+    module: fx.GraphModule
+    int8_layers: tuple[str, ...]
+    float_layers: Mapping[str, str]
+    grids: Mapping[str, ActivationGrid]
+
+
+@dataclass
+class _Plan:
+    grids: dict[str, ActivationGrid] = field(default_factory=dict)
+    everywhere: set[str] = field(default_factory=set)
+    consumers: dict[str, set[str]] = field(default_factory=dict)
+    int8_sites: set[str] = field(default_factory=set)
+
+
+def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    if node.target in _CONCATS:
+        items = node.args[0]
+        return [item for item in items if isinstance(item, fx.Node)] if isinstance(items, list | tuple) else []
+    return [argument for argument in node.args if isinstance(argument, fx.Node)]
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or value.is_floating_point()
+
+
+def rectified(node: fx.Node) -> fx.Node:
+    """The ReLU or clip that alone follows a node and starts at zero, or the node itself."""
+    if len(node.users) != 1:
+        return node
+    user = next(iter(node.users))
+    if user.target not in _RECTIFIERS:
+        return node
+    if user.target in {aten.hardtanh.default, aten.clamp.default}:
+        low = user.args[1] if len(user.args) > 1 else (-1.0 if user.target is aten.hardtanh.default else None)
+        if low is None or low != 0:
+            return node
+    return user
+
+
+def quantization_points(network: Network, layers: Sequence[Layer]) -> list[str]:
+    """Names of all graph values that some target may want on a grid: what ranges are collected for."""
+    sites = {site for layer in layers for site in layer.call_sites}
+    points: dict[str, None] = {}
+    for node in network.module.graph.nodes:
+        is_operator = node.target in _ADDS | _CONCATS | _AVERAGE_POOLS
+        if node.name not in sites and not is_operator:
+            continue
+        inputs = _tensor_inputs(node)
+        for source in inputs[:1] if node.name in sites else inputs:
+            if source.op != "get_attr" and _is_float(source):
+                points[source.name] = None
+        points[node.name] = None
+        points[rectified(node).name] = None
+    return list(points)
+
+
+def _place(
+    network: Network,
+    layers: Sequence[Layer],
+    int8: Mapping[str, int],
+    ranges: Mapping[str, ActivationRange],
+    placement: Placement,
+) -> _Plan:
+    """Decide which values are put on a grid, and which nodes read them from there."""
+    plan = _Plan()
+    sites = {site: layer for layer in layers for site in layer.call_sites}
+
+    def grid_of(node: fx.Node, bits: int) -> ActivationGrid:
+        if node.name not in ranges:
+            raise ExportError(
+                f"no activation range was calibrated for '{node.name}'; calibrate the model anew"
+            )
+        return activation_grid(ranges[node.name], bits=bits, signed=placement.signed)
+
+    def read(source: fx.Node, consumer: fx.Node, bits: int) -> None:
+        if source.name not in plan.grids:
+            plan.grids[source.name] = grid_of(source, bits)
+        plan.consumers.setdefault(source.name, set()).add(consumer.name)
+
+    def write(node: fx.Node, bits: int) -> None:
+        out = rectified(node)
+        plan.grids[out.name] = grid_of(out, bits)
+        plan.everywhere.add(out.name)
+
+    for node in network.module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        layer = sites.get(node.name)
+        if layer is not None:
+            if layer.name in int8:
+                bits = int8[layer.name]
+                read(node.args[0], node, bits)
+                plan.int8_sites.add(node.name)
+                if layer.kind is not LayerKind.LINEAR or placement.linear_output:
+                    write(node, bits)
+            continue
+        inputs = _tensor_inputs(node)
+        if not inputs or any(source.name not in plan.grids for source in inputs):
+            continue
+        wanted = (
+            (node.target in _ADDS and placement.add and len(inputs) == 2)
+            or (node.target in _CONCATS and placement.concat)
+            or (node.target in _AVERAGE_POOLS and placement.average_pool and _pools_planes(node))
+        )
+        if wanted:
+            bits = max(plan.grids[source.name].bits for source in inputs)
+            for source in inputs:
+                read(source, node, bits)
+            write(node, bits)
+        elif node.target in _SAME_VALUES and inputs[0].name in plan.everywhere:
+            plan.grids[node.name] = plan.grids[inputs[0].name]
+            plan.everywhere.add(node.name)
+    return plan
+
+
+def _pools_planes(node: fx.Node) -> bool:
+    """Whether a pool or mean reduces exactly the two spatial axes of (n, c, h, w)."""
+    if node.target is not aten.mean.dim:
+        return node.target is not aten.adaptive_avg_pool2d.default or list(node.args[1]) == [1, 1]  # type: ignore[arg-type]
+    value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    axes = node.args[1]
+    if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(axes, list | tuple):
+        return False
+    return sorted(int(a) % 4 for a in axes) == [2, 3]  # type: ignore[call-overload, arg-type]
+
+
+def _quantizers(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
+    dtype = torch.int8 if grid.signed else torch.uint8
+    return torch.tensor(grid.scale, dtype=torch.float32), torch.tensor(grid.zero_point, dtype=dtype)
+
+
+def _bias_codes(
+    bias: Tensor, form: CompressedLayer[Tensor], input_scale: float
+) -> tuple[Tensor, Tensor, CompressedLayer[Tensor]]:
+    """int32 codes of a bias at scale input_scale * weight scale, and the weight form they fit.
+
+    A channel whose weights are all zero may have any scale, and one whose weights are so small that
+    the bias would not fit int32 contributes less than a rounding step: both get a scale that fits.
+    """
+    assert form.scale is not None
+    assert form.codes is not None
+    assert form.zero_point is not None
+    scale = form.scale[:, 0].double()
+    least = bias.double().abs() / (input_scale * 2.0**29)
+    codes, weight = form.codes, form.weight
+    small = scale < least
+    if bool(small.any()):
+        scale = torch.where(small, torch.clamp(least, min=torch.finfo(torch.float32).tiny), scale)
+        codes = torch.where(small[:, None], form.zero_point.expand_as(codes), codes)
+        weight = torch.where(small[:, None], torch.zeros_like(weight), weight)
+    bias_scale = (scale.float() * torch.tensor(input_scale, dtype=torch.float32)).clamp(min=1e-38)
+    bias_codes = torch.round(bias.double() / bias_scale.double()).to(torch.int32)
+    return bias_codes, bias_scale, replace(form, codes=codes, weight=weight, scale=scale.float()[:, None])
+
+
+def _constant(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    set_tensor(module, name, tensor)
+    node = module.graph.get_attr(name)
+    node.meta["val"] = tensor
+    return node
+
+
+def quantized_network(
+    network: Network,
+    layers: Sequence[Layer],
+    forms: Mapping[str, CompressedLayer[Tensor]],
+    ranges: Mapping[str, ActivationRange],
+    placement: Placement,
+) -> QuantizedNetwork:
+    """Put weights, biases and activations on their grids.
+
+    Args:
+        network: the folded float network; left as it is.
+        layers: its layers.
+        forms: the layers' compressed forms by name, folded; layers without one stay float.
+        ranges: activation ranges by graph value.
+        placement: which operators run in int8 on the target.
+
+    Raises:
+        ExportError: a range is missing.
+    """
+    copied = network.copy()
+    module = copied.module
+    int8: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        form = forms.get(layer.name)
+        if form is None or form.scheme.is_dense:
+            continue
+        obstacle = int8_obstacle(layer, form.scheme)
+        if obstacle is None:
+            int8[layer.name] = form.scheme.activation_bits
+        else:
+            reasons[layer.name] = obstacle
+    plan = _place(copied, layers, int8, ranges, placement)
+    nodes = {node.name: node for node in module.graph.nodes}
+    by_name = {layer.name: layer for layer in layers}
+    input_scales = {
+        layer.name: plan.grids[nodes[site].args[0].name].scale  # type: ignore[union-attr]
+        for layer in layers
+        if layer.name in int8
+        for site in layer.call_sites
+    }
+    _insert_weights(module, nodes, by_name, forms, int8, input_scales)
+    _insert_activations(module, nodes, plan)
+    module.graph.lint()
+    module.recompile()
+    return QuantizedNetwork(module, tuple(int8), reasons, dict(plan.grids))
+
+
+def _insert_weights(
+    module: fx.GraphModule,
+    nodes: Mapping[str, fx.Node],
+    layers: Mapping[str, Layer],
+    forms: Mapping[str, CompressedLayer[Tensor]],
+    int8: Mapping[str, int],
+    input_scales: Mapping[str, float],
+) -> None:
+    for name, layer in layers.items():
+        form = forms.get(name)
+        if form is None or form.codes is None or form.scale is None or form.zero_point is None:
+            continue
+        if form.scale.shape[1] > 1:
+            # Several scales a row have no form in these opsets: the exact float values are written.
+            set_tensor(module, layer.weight_name, matrix_to_weight(layer, form.weight))
+            continue
+        first = nodes[layer.call_sites[0]]
+        with module.graph.inserting_before(first):
+            bias_node = None
+            if name in int8 and layer.bias_name is not None:
+                bias = get_tensor(module, layer.bias_name)
+                codes, scale, form = _bias_codes(bias, form, input_scales[name])
+                bias_node = module.graph.call_function(
+                    DEQUANTIZE,
+                    (
+                        _constant(module, f"{name}.bias_codes", codes),
+                        _constant(module, f"{name}.bias_scale", scale),
+                        _constant(module, f"{name}.bias_zero_point", torch.zeros_like(codes)),
+                        0,
+                    ),
+                )
+            if layer.kind is LayerKind.CONV_TRANSPOSE2D and layer.groups > 1:
+                set_tensor(module, layer.weight_name, matrix_to_weight(layer, form.weight))
+                continue
+            assert form.codes is not None
+            assert form.scale is not None
+            assert form.zero_point is not None
+            weight_node = module.graph.call_function(
+                DEQUANTIZE,
+                (
+                    _constant(module, f"{name}.weight_codes", matrix_to_weight(layer, form.codes)),
+                    _constant(module, f"{name}.weight_scale", form.scale[:, 0].contiguous()),
+                    _constant(module, f"{name}.weight_zero_point", form.zero_point[:, 0].contiguous()),
+                    1 if layer.kind is LayerKind.CONV_TRANSPOSE2D else 0,
+                ),
+            )
+        for site in layer.call_sites:
+            arguments = list(nodes[site].args)
+            arguments[1] = weight_node
+            if bias_node is not None:
+                arguments[2] = bias_node
+            nodes[site].args = tuple(arguments)
+
+
+def _insert_activations(
+    module: fx.GraphModule, nodes: Mapping[str, fx.Node], plan: _Plan
+) -> None:
+    for name, grid in plan.grids.items():
+        source = nodes[name]
+        readers = plan.consumers.get(name, set())
+        users = [u for u in source.users if name in plan.everywhere or u.name in readers]
+        # Placeholders come first in a graph: their quantizers go before the first real operator.
+        anchor = source.next
+        while anchor.op == "placeholder":
+            anchor = anchor.next
+        with module.graph.inserting_before(anchor):
+            scale, zero_point = _quantizers(grid)
+            quantizer = module.graph.call_function(
+                QUANTIZE_DEQUANTIZE,
+                (
+                    source,
+                    _constant(module, f"activations.{name}_scale", scale),
+                    _constant(module, f"activations.{name}_zero_point", zero_point),
+                    grid.code_min,
+                    grid.code_max,
+                ),
+            )
+        for user in users:
+            user.replace_input_with(source, quantizer)

@@ -1,0 +1,251 @@
+"""Layer problems made ready: H + damping · mean(diag H) · I and its inverse, checked once.
+
+Dead inputs (H_ii = 0) get H_ii = 1 and weight 0, as in OBC (arXiv 2208.11580, section 4 and its
+reference implementation). Everything here is float64; solvers choose their own working precision.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from obc_deploy.errors import ProblemError, SchemeError
+from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Scheme
+
+if TYPE_CHECKING:
+    from obc_deploy.solvers.contract import LayerProblem
+
+_SYMMETRY_TOLERANCE = 1e-4
+"""Largest |H_ij - H_ji| taken for rounding, as a share of the largest |H_ij|."""
+
+_DAMPINGS_TRIED = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class CheckedProblem:
+    """A layer problem whose values and shapes are known to be good.
+
+    Attributes:
+        weight: (rows, cols) float64, as given.
+        hessian: (groups, cols, cols) float64, symmetric and undamped, or None.
+        damping: relative damping.
+        channels: columns at one kernel position.
+        name: the layer's name.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor | None
+    damping: float
+    channels: int
+    name: str
+
+
+@dataclass(frozen=True)
+class DampedProblem:
+    """What the exact solvers work on.
+
+    Attributes:
+        weight: (rows, cols) float64, zero at dead inputs.
+        hessian: (groups, cols, cols) float64, damped.
+        inverse: (groups, cols, cols) float64, the inverse of `hessian`.
+        group_of_row: (rows,) int64, which Hessian a row belongs to.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+    inverse: torch.Tensor
+    group_of_row: torch.Tensor
+
+
+def check_scheme(
+    scheme: Scheme, *, rows: int, cols: int, channels: int | None = None, name: str = "layer"
+) -> None:
+    """Whether a scheme fits a (rows, cols) layer with `channels` columns at each kernel position.
+
+    Raises:
+        SchemeError: N:M groups or blocks do not divide the input channels, or a grid group does not
+            divide the columns.
+    """
+    per_position = cols if channels is None else channels
+    pattern, quantization = scheme.pattern, scheme.quantization
+    if isinstance(pattern, NM) and per_position % pattern.m:
+        raise SchemeError(
+            f"scheme '{scheme}' needs input channels in multiples of {pattern.m}, but layer "
+            f"'{name}' ({rows}x{cols}) has {per_position}: leave the layer dense or use "
+            "'unstructured@S'"
+        )
+    if isinstance(pattern, Block4) and per_position % BLOCK_SIZE:
+        raise SchemeError(
+            f"scheme '{scheme}' needs input channels in multiples of {BLOCK_SIZE}, but layer "
+            f"'{name}' ({rows}x{cols}) has {per_position}: leave the layer dense or use "
+            "'unstructured@S'"
+        )
+    if quantization is not None and quantization.group is not None and cols % quantization.group:
+        raise SchemeError(
+            f"scheme '{scheme}' has grid groups of {quantization.group} columns, which do not "
+            f"divide the {cols} columns of layer '{name}': use a divisor of {cols} or leave "
+            f"'g{quantization.group}' out for one grid per output channel"
+        )
+
+
+def check_problem(
+    problem: LayerProblem, *, needs_hessian: bool, device: torch.device
+) -> CheckedProblem:
+    """The problem in float64 on `device`, after every check that needs no factorization.
+
+    Raises:
+        ProblemError: wrong shapes, no rows or columns, values that are not finite, a Hessian that
+            is not symmetric or has a negative diagonal, an impossible damping, or no Hessian where
+            the method needs one.
+    """
+    name = problem.name
+    weight = _checked_weight(problem.weight, name).to(device=device, dtype=torch.float64)
+    cols = weight.shape[1]
+    channels = cols if problem.channels is None else problem.channels
+    if channels < 1 or cols % channels:
+        raise ProblemError(
+            f"layer '{name}': channels={channels} does not divide its {cols} columns; give the "
+            "input channels at one kernel position"
+        )
+    if not (math.isfinite(problem.damping) and problem.damping >= 0.0):
+        raise ProblemError(
+            f"layer '{name}': damping {problem.damping} is not a finite number of 0 or more; "
+            "0.01 is usual"
+        )
+    given = problem.hessian
+    if given is None and needs_hessian:
+        raise ProblemError(
+            f"layer '{name}': hessian is None, but this method needs it; calibrate the layer or "
+            "use method='magnitude' or 'rtn'"
+        )
+    hessian = None if given is None else _checked_hessian(given, weight, name)
+    return CheckedProblem(weight.clone(), hessian, problem.damping, channels, name)
+
+
+def _checked_weight(weight: torch.Tensor, name: str) -> torch.Tensor:
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ProblemError(
+            f"layer '{name}': weight of shape {tuple(weight.shape)} is no (rows, cols) matrix with "
+            "at least one row and column; flatten the kernel into columns"
+        )
+    if not weight.is_floating_point():
+        raise ProblemError(f"layer '{name}': weight is {weight.dtype}; give floating-point numbers")
+    bad = ~torch.isfinite(weight.detach().to(torch.float32))
+    if bool(bad.any()):
+        row, col = (int(i) for i in bad.nonzero()[0])
+        raise ProblemError(
+            f"layer '{name}': weight[{row}, {col}] = {float(weight[row, col])} is not a finite "
+            "float32; repair the checkpoint"
+        )
+    return weight.detach()
+
+
+def _checked_hessian(hessian: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
+    rows, cols = weight.shape
+    if hessian.ndim not in (2, 3) or hessian.shape[-2:] != (cols, cols) or 0 in hessian.shape:
+        raise ProblemError(
+            f"layer '{name}': hessian of shape {tuple(hessian.shape)} does not fit a weight of "
+            f"{rows}x{cols}; it must be ({cols}, {cols}) or (groups, {cols}, {cols})"
+        )
+    full = hessian.detach().to(device=weight.device, dtype=torch.float64).reshape(-1, cols, cols)
+    if rows % full.shape[0]:
+        raise ProblemError(
+            f"layer '{name}': {full.shape[0]} Hessian groups do not divide its {rows} rows; give "
+            "one Hessian for each group of the convolution"
+        )
+    if not bool(torch.isfinite(full).all()):
+        group, i, j = (int(k) for k in (~torch.isfinite(full)).nonzero()[0])
+        raise ProblemError(
+            f"layer '{name}': hessian[{i}, {j}] of group {group} is {float(full[group, i, j])}; "
+            "remove samples that are not finite from the calibration data"
+        )
+    largest = float(full.abs().max())
+    skew = float((full - full.mT).abs().max())
+    if skew > _SYMMETRY_TOLERANCE * largest:
+        raise ProblemError(
+            f"layer '{name}': hessian is not symmetric (entries differ by {skew:.3g}); it must be "
+            "2/n · sum of x xᵀ"
+        )
+    diagonal = full.diagonal(dim1=1, dim2=2)
+    if bool((diagonal < 0).any()):
+        group, i = (int(k) for k in (diagonal < 0).nonzero()[0])
+        raise ProblemError(
+            f"layer '{name}': hessian[{i}, {i}] of group {group} is "
+            f"{float(diagonal[group, i]):.3g}; a sum of squares cannot be negative: recompute it "
+            "as 2/n · sum of x xᵀ"
+        )
+    return 0.5 * (full + full.mT)
+
+
+def damp(problem: CheckedProblem) -> DampedProblem:
+    """H + damping · mean(diag H) · I with its inverse, by one Cholesky factorization per group.
+
+    Raises:
+        ProblemError: the damped Hessian is singular; the message names the smallest damping, among
+            powers of ten, that works.
+    """
+    hessian = problem.hessian
+    if hessian is None:
+        raise ProblemError(f"layer '{problem.name}': hessian is None; calibrate the layer first")
+    rows, groups = problem.weight.shape[0], hessian.shape[0]
+    dead = hessian.diagonal(dim1=1, dim2=2) == 0
+    group_of_row = torch.arange(groups, device=hessian.device).repeat_interleave(rows // groups)
+    damped = _damped(hessian, dead, problem.damping)
+    factor = _factor(damped)
+    if factor is None:
+        raise ProblemError(_singular_message(problem, hessian, dead))
+    inverse = torch.cholesky_inverse(factor)
+    weight = problem.weight.masked_fill(dead[group_of_row], 0.0)
+    return DampedProblem(weight, damped, inverse, group_of_row)
+
+
+def _damped(hessian: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
+    damped = hessian.clone()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    share = damping * diagonal.mean(1, keepdim=True)
+    # A zero diagonal of a sum of squares means zero rows; what rounding left there goes too.
+    damped.masked_fill_(dead[:, :, None] | dead[:, None, :], 0.0)
+    diagonal.copy_(torch.where(dead, torch.ones_like(diagonal), diagonal + share))
+    return damped
+
+
+def _factor(damped: torch.Tensor) -> torch.Tensor | None:
+    """The Cholesky factors, or None where a pivot is no more than rounding."""
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed.any()):
+        return None
+    pivots = factor.diagonal(dim1=1, dim2=2).square()
+    rounding = 10 * damped.shape[-1] * torch.finfo(damped.dtype).eps
+    singular = pivots <= rounding * damped.diagonal(dim1=1, dim2=2)
+    return None if bool(singular.any()) else factor
+
+
+def _singular_message(problem: CheckedProblem, hessian: torch.Tensor, dead: torch.Tensor) -> str:
+    start = f"layer '{problem.name}': the Hessian is singular with damping={problem.damping:g}; "
+    for damping in _DAMPINGS_TRIED:
+        if damping > problem.damping and _factor(_damped(hessian, dead, damping)) is not None:
+            return start + f"damping={damping:g} works, or calibrate on more samples"
+    return start + "it is not positive semi-definite: recompute it as 2/n · sum of x xᵀ"
+
+
+def relative_error(problem: CheckedProblem, compressed: torch.Tensor) -> float:
+    """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ) under the undamped H, in float64.
+
+    Without a Hessian H = I: the relative squared error of the weight itself. A layer whose output
+    is zero has error 0 where nothing changed it, and infinity otherwise.
+    """
+    lost = _output_energy(problem.weight - compressed.to(torch.float64), problem.hessian)
+    whole = _output_energy(problem.weight, problem.hessian)
+    if whole > 0.0:
+        return max(lost, 0.0) / whole
+    return 0.0 if lost <= 0.0 else math.inf
+
+
+def _output_energy(weight: torch.Tensor, hessian: torch.Tensor | None) -> float:
+    if hessian is None:
+        return float(weight.square().sum())
+    grouped = weight.reshape(hessian.shape[0], -1, weight.shape[1])
+    return float(((grouped @ hessian) * grouped).sum())

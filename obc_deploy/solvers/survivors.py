@@ -1,0 +1,109 @@
+"""Ŵ_S = (H_SS)⁻¹ (H w)_S = w_S - G_SP (G_PP)⁻¹ w_P: the best weights of a row once P is zero.
+
+S are a row's survivors, P what was pruned and G = H⁻¹. A greedy run that prunes P one by one ends
+at the same weights (OBC, arXiv 2208.11580, section 4), so levels need only their masks. The two
+forms are equal; a row takes the one with the smaller system. All in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from obc_deploy.solvers.inverse import true_places
+from obc_deploy.solvers.problems import DampedProblem
+from obc_deploy.solvers.settings import SolverSettings
+
+_PADDING = 1.2
+"""A batch takes rows whose sizes lie within this factor."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Selected columns of some rows, padded to one width.
+
+    Attributes:
+        rows: (batch,) int64 rows of the layer.
+        index: (batch, width) int64 columns; padding has arbitrary columns.
+        valid: (batch, width) bool, false at padding.
+    """
+
+    rows: torch.Tensor
+    index: torch.Tensor
+    valid: torch.Tensor
+
+    def submatrix(self, matrix: torch.Tensor, group_of_row: torch.Tensor) -> torch.Tensor:
+        """Selected rows and columns of each row's (cols, cols) matrix; padding is the identity.
+
+        `matrix` is (groups, cols, cols); the result (batch, width, width).
+        """
+        group = group_of_row[self.rows][:, None, None]
+        selected = matrix[group, self.index[:, :, None], self.index[:, None, :]]
+        selected.mul_(self.valid[:, :, None]).mul_(self.valid[:, None, :])
+        selected.diagonal(dim1=1, dim2=2).add_((~self.valid).to(selected.dtype))
+        return selected
+
+    def values(self, full: torch.Tensor) -> torch.Tensor:
+        """Selected values of a (rows, cols) matrix, 0 at padding."""
+        return full[self.rows[:, None], self.index] * self.valid
+
+    def put(self, full: torch.Tensor, values: torch.Tensor) -> None:
+        """Write (batch, width) values back into a (rows, cols) matrix, leaving padding out."""
+        rows = self.rows[:, None].expand_as(self.index)[self.valid]
+        full[rows, self.index[self.valid]] = values[self.valid].to(full.dtype)
+
+
+def selections(mask: torch.Tensor, memory: int) -> Iterator[Selection]:
+    """The true columns of each row of a mask, rows of like counts batched within `memory` bytes.
+
+    Rows without any are left out.
+    """
+    counts, rows = mask.sum(1).sort()
+    sizes: list[int] = counts.tolist()
+    start = next((i for i, size in enumerate(sizes) if size), len(sizes))
+    while start < len(sizes):
+        widest = max(sizes[start] + 8, int(_PADDING * sizes[start]))
+        end = start + 1
+        while (
+            end < len(sizes)
+            and sizes[end] <= widest
+            and (end + 1 - start) * sizes[end] ** 2 * 8 <= memory
+        ):
+            end += 1
+        width = sizes[end - 1]
+        chosen = mask[rows[start:end]]
+        index = true_places(chosen)[:, :width]
+        valid = torch.arange(width, device=mask.device) < counts[start:end, None]
+        yield Selection(rows[start:end], index, valid)
+        start = end
+
+
+def best_weight(
+    problem: DampedProblem, mask: torch.Tensor, settings: SolverSettings
+) -> torch.Tensor:
+    """The weights (rows, cols) float64 that minimise the damped error with zeros off the mask."""
+    weight, group_of_row = problem.weight, problem.group_of_row
+    by_survivors = (mask.sum(1) * 2 <= mask.shape[1])[:, None]
+    result = torch.where(by_survivors, torch.zeros_like(weight), weight)
+    # A quarter of the memory: the submatrix, its factor and the gathering's own copies.
+    memory = settings.memory // 4
+
+    groups = problem.hessian.shape[0]
+    target = (weight.reshape(groups, -1, weight.shape[1]) @ problem.hessian).reshape(weight.shape)
+    for survivors in selections(mask & by_survivors, memory):
+        matrix = survivors.submatrix(problem.hessian, group_of_row)
+        survivors.put(result, _solve(matrix, survivors.values(target)))
+
+    change = torch.zeros_like(weight)
+    for pruned in selections(~mask & ~by_survivors, memory):
+        matrix = pruned.submatrix(problem.inverse, group_of_row)
+        pruned.put(change, _solve(matrix, pruned.values(weight)))
+    change = (change.reshape(groups, -1, weight.shape[1]) @ problem.inverse).reshape(weight.shape)
+    return (result - change).masked_fill_(~mask, 0.0)
+
+
+def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    factor = torch.linalg.cholesky(matrix)
+    return torch.cholesky_solve(right[:, :, None], factor).squeeze(-1)

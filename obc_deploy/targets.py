@@ -1,0 +1,203 @@
+"""Targets: what a runtime really accelerates, the file format it wants, and what to expect of it.
+
+A target names a runtime and the form of graph that the runtime is fast on. `preflight` says before
+any work what will not speed up there, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from obc_deploy.errors import TargetError
+from obc_deploy.schemes import NM, Block4, Scheme, Unstructured
+
+if TYPE_CHECKING:
+    from obc_deploy.layers import Layer
+
+
+class Format(Enum):
+    """Forms of an ONNX graph."""
+
+    FLOAT = "float"
+    """Float weights, zeros and all."""
+    QDQ = "qdq"
+    """Float operators between QuantizeLinear/DequantizeLinear pairs."""
+    QOPERATOR = "qoperator"
+    """Integer operators: QLinearConv and its kin."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which operators besides convolutions and linears run on int8 activations.
+
+    Attributes:
+        add: element-wise adds (residuals) of int8 operands.
+        concat: concatenations of int8 operands.
+        average_pool: average pools of int8 inputs.
+        linear_output: whether a linear layer's own output is quantized even where nobody wants it.
+        signed: symmetric int8 activations instead of unsigned ones with a zero point.
+    """
+
+    add: bool = True
+    concat: bool = True
+    average_pool: bool = True
+    linear_output: bool = False
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place to deploy to.
+
+    Attributes:
+        name: what a user types.
+        runtime: the runtime that measures it ("onnxruntime", "deepsparse").
+        format: the graph form of quantized networks; float networks are always `Format.FLOAT`.
+        opset: newest ONNX operator set that the runtime takes.
+        ir_version: newest ONNX file version that the runtime takes.
+        placement: what runs in int8 there.
+        linear_as_convolution: write int8 linears as 1x1 convolutions, which the runtime has kernels for.
+        sparse_from: smallest sparsity that was measured to beat the dense kernel, by pattern; a
+            pattern that is not in it gains nothing.
+        summary: one line for help texts.
+    """
+
+    name: str
+    runtime: str
+    format: Format
+    opset: int
+    ir_version: int
+    placement: Placement
+    linear_as_convolution: bool
+    sparse_from: Mapping[type, float]
+    summary: str
+
+
+ONNXRUNTIME = Target(
+    name="onnxruntime",
+    runtime="onnxruntime",
+    format=Format.QDQ,
+    opset=18,
+    ir_version=10,
+    placement=Placement(),
+    linear_as_convolution=False,
+    sparse_from={},
+    summary="ONNX Runtime on the CPU, QDQ graph; int8 is fast, zeros are ignored",
+)
+
+ONNXRUNTIME_QOPERATOR = Target(
+    name="onnxruntime-qoperator",
+    runtime="onnxruntime",
+    format=Format.QOPERATOR,
+    opset=18,
+    ir_version=10,
+    placement=Placement(),
+    linear_as_convolution=False,
+    sparse_from={},
+    summary="ONNX Runtime on the CPU, integer operators (QLinearConv)",
+)
+
+DEEPSPARSE = Target(
+    name="deepsparse",
+    runtime="deepsparse",
+    format=Format.QOPERATOR,
+    opset=17,
+    ir_version=8,
+    placement=Placement(concat=False, linear_output=True),
+    linear_as_convolution=True,
+    sparse_from={Block4: 0.8, Unstructured: 0.85},
+    summary="DeepSparse on the CPU, integer operators; zeros are skipped (needs 80 % or more)",
+)
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target for target in (ONNXRUNTIME, ONNXRUNTIME_QOPERATOR, DEEPSPARSE)
+}
+
+
+def as_target(target: Target | str) -> Target:
+    """A target from itself or from its name.
+
+    Raises:
+        TargetError: there is no target of that name.
+    """
+    if isinstance(target, Target):
+        return target
+    found = TARGETS.get(target)
+    if found is None:
+        raise TargetError(f"no target '{target}'; the targets are {', '.join(TARGETS)}")
+    return found
+
+
+def int8_obstacle(layer: Layer, scheme: Scheme) -> str | None:
+    """Why a layer cannot run on int8 activations under its scheme, or None where it can."""
+    quantization = scheme.quantization
+    if quantization is None or quantization.activation_bits is None:
+        return "its activations stay float"
+    if layer.kind.value == "conv_transpose2d":
+        return "no runtime here has an integer transposed convolution"
+    if quantization.group is not None:
+        return f"integer kernels need one scale an output channel, not one a {quantization.group} columns"
+    if quantization.asymmetric:
+        return "integer kernels need symmetric weight grids (drop '-asym')"
+    return None
+
+
+def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
+    pattern = scheme.pattern
+    if pattern is None:
+        return None
+    if not target.sparse_from:
+        return f"{target.runtime} has no sparse kernels: the zeros of {pattern} cost as much as other weights"
+    if isinstance(pattern, NM):
+        return f"{target.runtime} has no {pattern} kernels: it runs the zeros as unstructured ones"
+    least = target.sparse_from.get(type(pattern))
+    if least is not None and pattern.sparsity < least:
+        return (
+            f"{target.runtime} is slower than dense below {least:.0%} zeros of this pattern, "
+            f"'{pattern}' has {pattern.sparsity:.0%}"
+        )
+    if scheme.quantization is None and least is not None and pattern.sparsity < 0.9:
+        return f"{target.runtime} gains little on float weights below 90 % zeros: add '+w8a8'"
+    return None
+
+
+def preflight(
+    target: Target, layers: Sequence[Layer], schemes: Mapping[str, Scheme], *, vnni: bool | None = None
+) -> list[str]:
+    """What will not speed up on a target, one line a reason, with the layers it holds for.
+
+    Args:
+        target: where the network is to run.
+        layers: the network's layers.
+        schemes: the layers' schemes by name.
+        vnni: whether the CPU has VNNI; None where unknown.
+    """
+    reasons: dict[str, list[str]] = {}
+    quantized = False
+    for layer in layers:
+        scheme = schemes.get(layer.name, Scheme())
+        if scheme.is_dense:
+            continue
+        obstacles = [_pattern_obstacle(target, scheme)]
+        if scheme.quantization is not None:
+            obstacle = int8_obstacle(layer, scheme)
+            quantized = quantized or obstacle is None
+            if obstacle is not None:
+                obstacles.append(f"weights are stored small but computed in float: {obstacle}")
+            elif max(scheme.weight_bits, scheme.activation_bits) < 8 or scheme.weight_bits < 8:
+                obstacles.append(
+                    f"{target.runtime} computes {scheme.quantization} with 8-bit kernels: no faster than w8a8"
+                )
+        for obstacle in obstacles:
+            if obstacle is not None:
+                reasons.setdefault(obstacle, []).append(layer.name)
+    lines = []
+    for reason, names in reasons.items():
+        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"{reason} ({few})")
+    if quantized and vnni is False:
+        lines.append("this CPU has no VNNI: int8 may be no faster than float here")
+    return lines

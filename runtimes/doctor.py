@@ -1,0 +1,253 @@
+"""What works on this machine, what does not, why, and the command that changes it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obc_deploy.errors import ObcDeployError
+from obc_deploy.runtimes.contract import RuntimeInfo
+from obc_deploy.runtimes.fingerprint import Fingerprint, take_fingerprint
+from obc_deploy.runtimes.registry import RUNTIMES
+from obc_deploy.runtimes.session import open_session
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+PACKAGES = ("obc-deploy", "torch", "torchvision", "onnx", "onnxruntime", "numpy", "safetensors")
+TENSORRT_INSTALL_COMMAND = f"{sys.executable} -m pip install tensorrt"
+
+
+@dataclass(frozen=True)
+class CpuFeature:
+    """An instruction set that matters.
+
+    Attributes:
+        name: its name.
+        present: the CPU has it.
+        meaning: what that means for speed or results.
+    """
+
+    name: str
+    present: bool
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `obc-deploy doctor` says.
+
+    Attributes:
+        runtimes: each runtime, tried on a small graph where it is installed.
+        machine: the machine.
+        cpu_features: those that matter here, with what their presence or absence means.
+        versions: installed packages; None where one is missing.
+        python: version of this interpreter.
+        compiler: path of a C++ compiler, or None.
+    """
+
+    runtimes: tuple[RuntimeInfo, ...]
+    machine: Fingerprint
+    cpu_features: tuple[CpuFeature, ...]
+    versions: dict[str, str | None]
+    python: str
+    compiler: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "runtimes": [runtime.as_dict() for runtime in self.runtimes],
+            "machine": self.machine.as_dict(),
+            "cpu_features": [asdict(feature) for feature in self.cpu_features],
+            "versions": dict(self.versions),
+            "python": self.python,
+            "compiler": self.compiler,
+        }
+
+
+def _write_probe(path: Path) -> None:
+    """A graph that every runtime takes: y = relu(x · 2)."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "two"], ["doubled"]),
+            helper.make_node("Relu", ["doubled"], ["y"]),
+        ],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16])],
+        [numpy_helper.from_array(2 * np.eye(16, dtype=np.float32), "two")],
+    )
+    opset = helper.make_opsetid("", 13)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+
+
+def try_runtime(info: RuntimeInfo, probe: Path, timeout_s: float = 120.0) -> RuntimeInfo:
+    """The same information after running the runtime, where installed, on the probe graph."""
+    import numpy as np
+
+    if not info.works:
+        return info
+    values = np.linspace(-1, 1, 16, dtype=np.float32).reshape(1, 16)
+    try:
+        with open_session(info.name, probe, threads=1, timeout_s=timeout_s) as session:
+            found = session.run({"x": values})["y"]
+            version = session.version
+    except ObcDeployError as error:
+        return replace(info, works=False, reason=str(error))
+    if not np.allclose(found, np.maximum(2 * values, 0), atol=1e-6):
+        wrong = f"{info.title} computed a wrong result on a graph of two operators; reinstall it"
+        return replace(info, works=False, reason=wrong)
+    return replace(info, version=version)
+
+
+def _tensorrt(machine: Fingerprint) -> RuntimeInfo:
+    version = _version("tensorrt")
+    if not machine.gpus:
+        reason = "no NVIDIA GPU was found (nvidia-smi shows none)"
+    elif version is None:
+        reason = "TensorRT is not installed"
+    else:
+        reason = "TensorRT is installed, but this version of OBC Deploy does not run it"
+    return RuntimeInfo(
+        "tensorrt", "TensorRT", False, version, reason, TENSORRT_INSTALL_COMMAND, None
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def explain_cpu(features: tuple[str, ...], machine: str) -> tuple[CpuFeature, ...]:
+    """What the CPU's features mean for compressed networks.
+
+    Args:
+        features: those it has, as the Linux kernel spells them.
+        machine: its architecture, as `platform.machine` spells it.
+    """
+    has = set(features)
+    if machine in ("aarch64", "arm64"):
+        dot = "asimddp" in has
+        return (
+            CpuFeature(
+                "SDOT",
+                dot,
+                "8-bit products are added four at a time"
+                if dot
+                else "int8 networks are hardly faster than float ones",
+            ),
+        )
+    vnni = bool(has & {"avx512_vnni", "avx_vnni"})
+    return (
+        CpuFeature(
+            "AVX2",
+            "avx2" in has,
+            "DeepSparse runs" if "avx2" in has else "DeepSparse does not run on this CPU",
+        ),
+        CpuFeature(
+            "AVX-512",
+            "avx512f" in has,
+            "16 floats an instruction"
+            if "avx512f" in has
+            else "8 floats an instruction: float networks run at AVX2 speed",
+        ),
+        CpuFeature(
+            "VNNI",
+            vnni,
+            "four 8-bit products an instruction: int8 is faster, and exact"
+            if vnni
+            else "int8 is hardly faster than float, and ONNX Runtime's 8-bit products (uint8 "
+            "activations, int8 weights) saturate at 16 bits: use 7-bit weights (w7a8) or float",
+        ),
+        CpuFeature(
+            "AMX",
+            "amx_int8" in has,
+            "tile products for dense int8 and bfloat16"
+            if "amx_int8" in has
+            else "no tile products: dense int8 runs at VNNI speed"
+            if vnni
+            else "no tile products",
+        ),
+    )
+
+
+def diagnose(timeout_s: float = 120.0) -> Diagnosis:
+    """Look at the machine, and run each installed runtime on a small graph in its own process.
+
+    Args:
+        timeout_s: seconds any runtime may take to answer.
+    """
+    machine = take_fingerprint()
+    with tempfile.TemporaryDirectory(prefix="obc-doctor-") as folder:
+        probe = Path(folder) / "probe.onnx"
+        _write_probe(probe)
+        tried = [try_runtime(runtime.info(), probe, timeout_s) for runtime in RUNTIMES.values()]
+    compiler = next(
+        (found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None
+    )
+    return Diagnosis(
+        runtimes=(*tried, _tensorrt(machine)),
+        machine=machine,
+        cpu_features=explain_cpu(machine.cpu_features, platform.machine()),
+        versions={package: _version(package) for package in PACKAGES},
+        python=platform.python_version(),
+        compiler=compiler,
+    )
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB"
+
+
+def render(diagnosis: Diagnosis) -> Group:
+    """The diagnosis as tables for a terminal."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+
+    def mark(good: bool) -> str:
+        return "[green]yes[/green]" if good else "[red]no[/red]"
+
+    runtimes = Table("runtime", "works", "version", "", title="Runtimes", title_justify="left")
+    for info in diagnosis.runtimes:
+        notes = [] if info.works else [escape(f"{info.reason}"), escape(f"{info.install_command}")]
+        notes += [escape(info.licence)] if info.licence else []
+        runtimes.add_row(info.title, mark(info.works), info.version or "-", "\n".join(notes))
+
+    features = Table("CPU feature", "here", "means", title="CPU", title_justify="left")
+    for feature in diagnosis.cpu_features:
+        features.add_row(feature.name, mark(feature.present), escape(feature.meaning))
+
+    machine = diagnosis.machine
+    rest = Table(show_header=False, title="Machine and packages", title_justify="left")
+    rest.add_row(
+        "CPU",
+        f"{escape(machine.cpu)}, {machine.physical_cores} cores ({machine.usable_cores} usable)",
+    )
+    rest.add_row("memory", _size(machine.memory_bytes))
+    rest.add_row("system", escape(f"{machine.system}, kernel {machine.kernel}"))
+    rest.add_row("governor", machine.governor or "not readable")
+    rest.add_row("load", " ".join(f"{load:.2f}" for load in machine.load_average))
+    gpus = "\n".join(
+        f"{gpu.name}, {_size(gpu.memory_bytes)}, driver {gpu.driver}, "
+        f"compute capability {gpu.compute_capability}"
+        for gpu in machine.gpus
+    )
+    rest.add_row("GPU", escape(gpus) or "none")
+    rest.add_row("compiler", diagnosis.compiler or "none: install g++ (apt install g++)")
+    rest.add_row("python", diagnosis.python)
+    for package, version in diagnosis.versions.items():
+        rest.add_row(package, version or "not installed")
+    return Group(runtimes, features, rest)

@@ -1,0 +1,45 @@
+"""The runtimes by name."""
+
+from __future__ import annotations
+
+from obc_deploy.errors import RuntimeMissingError
+from obc_deploy.runtimes import deepsparse, onnxruntime_cpu
+from obc_deploy.runtimes.contract import Runtime, RuntimeInfo
+
+RUNTIMES: dict[str, Runtime] = {
+    runtime.name: runtime for runtime in (onnxruntime_cpu.RUNTIME, deepsparse.RUNTIME)
+}
+
+
+def find_runtime(name: str) -> Runtime:
+    """The runtime of that name.
+
+    Raises:
+        RuntimeMissingError: there is no such runtime.
+    """
+    try:
+        return RUNTIMES[name]
+    except KeyError:
+        known = ", ".join(sorted(RUNTIMES))
+        raise RuntimeMissingError(f"'{name}' is no runtime; choose one of {known}") from None
+
+
+def runtime_info(name: str) -> RuntimeInfo:
+    """Whether the runtime of that name is installed, without starting it.
+
+    Raises:
+        RuntimeMissingError: there is no such runtime.
+    """
+    return find_runtime(name).info()
+
+
+def require_runtime(name: str) -> RuntimeInfo:
+    """The same for a runtime that must be there.
+
+    Raises:
+        RuntimeMissingError: there is no such runtime, or it is not installed.
+    """
+    info = runtime_info(name)
+    if not info.works or info.python is None:
+        raise RuntimeMissingError(f"{info.title}: {info.reason}; run: {info.install_command}")
+    return info

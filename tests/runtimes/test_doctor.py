@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from onnx_models import OnnxBuilder, needs_deepsparse
+from rich.console import Console
+
+from obc_deploy.runtimes import onnxruntime_cpu
+from obc_deploy.runtimes.doctor import diagnose, explain_cpu, render, try_runtime
+from obc_deploy.runtimes.fingerprint import take_fingerprint
+from obc_deploy.runtimes.registry import RUNTIMES
+
+
+def test_the_diagnosis_runs_each_runtime_and_prints() -> None:
+    import onnxruntime
+
+    diagnosis = diagnose()
+    found = {info.name: info for info in diagnosis.runtimes}
+    assert set(found) == {*RUNTIMES, "tensorrt"}
+    assert found["onnxruntime"].works
+    assert found["onnxruntime"].version == onnxruntime.__version__
+    for info in found.values():
+        assert info.works == (info.reason is None)
+        assert info.install_command
+    assert json.loads(json.dumps(diagnosis.as_dict()))["python"] == platform.python_version()
+    page = io.StringIO()
+    Console(file=page, width=200).print(render(diagnosis))
+    for title in ("ONNX Runtime", "DeepSparse", "TensorRT", "VNNI", "AMX", "torch"):
+        if title in ("VNNI", "AMX") and platform.machine() != "x86_64":
+            continue
+        assert title in page.getvalue()
+
+
+def test_a_runtime_that_cannot_run_says_why(tmp_path: Path) -> None:
+    broken = tmp_path / "probe.onnx"
+    broken.write_bytes(b"no graph")
+    info = try_runtime(onnxruntime_cpu.info(), broken)
+    assert not info.works
+    assert info.reason is not None
+    assert "probe.onnx" in info.reason
+
+
+def test_a_runtime_that_computes_another_thing_does_not_work(models: OnnxBuilder) -> None:
+    from onnx import helper
+
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    x = models.x
+    models.x = x.reshape(-1)[:16].reshape(1, 16)
+    try:
+        path = models.save("other", nodes, {}, output=(1, 16))
+    finally:
+        models.x = x
+    info = try_runtime(onnxruntime_cpu.info(), path)
+    assert not info.works
+    assert "wrong result" in str(info.reason)
+
+
+@needs_deepsparse
+def test_deepsparse_is_found_with_its_licence() -> None:
+    info = next(info for info in diagnose().runtimes if info.name == "deepsparse")
+    assert info.works, info.reason
+    assert info.version == "1.8.0"
+    assert info.licence is not None
+    assert "not production" in info.licence
+
+
+@pytest.mark.parametrize(
+    ("features", "machine", "name", "present", "said"),
+    [
+        (("avx2",), "x86_64", "VNNI", False, "saturate"),
+        (("avx2", "avx_vnni"), "x86_64", "VNNI", True, "exact"),
+        (("avx2", "avx512_vnni"), "x86_64", "VNNI", True, "exact"),
+        (("avx2",), "x86_64", "AMX", False, "no tile products"),
+        (("avx2", "amx_int8"), "x86_64", "AMX", True, "dense int8"),
+        ((), "x86_64", "AVX2", False, "DeepSparse does not run"),
+        (("asimddp",), "aarch64", "SDOT", True, "four at a time"),
+        ((), "aarch64", "SDOT", False, "hardly faster"),
+    ],
+)
+def test_what_a_cpu_feature_means(
+    features: tuple[str, ...], machine: str, name: str, present: bool, said: str
+) -> None:
+    (feature,) = [item for item in explain_cpu(features, machine) if item.name == name]
+    assert feature.present == present
+    assert said in feature.meaning
+
+
+def test_the_fingerprint_agrees_with_the_system() -> None:
+    machine = take_fingerprint()
+    assert machine.cpu
+    assert machine.memory_bytes == psutil.virtual_memory().total
+    assert machine.logical_cores == os.cpu_count()
+    assert machine.physical_cores == psutil.cpu_count(logical=False)
+    assert machine.usable_cores == len(os.sched_getaffinity(0))
+    assert machine.kernel == os.uname().release
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert all(feature in flags for feature in machine.cpu_features)
+    json.dumps(machine.as_dict())
+
+
+def test_runtimes_never_import_torch() -> None:
+    code = (
+        "import sys\n"
+        "from obc_deploy.runtimes import audit, doctor, environments, fingerprint, session\n"
+        "doctor.diagnose()\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
