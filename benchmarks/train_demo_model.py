@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import nn
 from torch.nn import functional
 
@@ -148,7 +148,7 @@ def save(network: nn.Module, output: Path, metadata: dict[str, str]) -> None:
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
-    save_file(state, partial, metadata)
+    partial.write_bytes(serialized(state, metadata))
     partial.replace(output)
 
 

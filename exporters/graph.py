@@ -63,8 +63,8 @@ def quiet() -> Iterator[None]:
 
 def onnx_graph(
     module: fx.GraphModule, example: tuple[Tensor, ...], *, dynamic_batch: bool
-) -> ir.Model:
-    """Translate a captured graph to ONNX.
+) -> tuple[ir.Model, fx.GraphModule]:
+    """Translate a captured graph to ONNX; returns it with the PyTorch graph whose names it shares.
 
     Args:
         module: the graph, with or without quantizers.
@@ -100,4 +100,4 @@ def onnx_graph(
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.producer_name = "obc-deploy"
-    return model
+    return model, program.module(check_guards=False)  # type: ignore[return-value]

@@ -240,17 +240,11 @@ def _move_onto_codes(model: ir.Model, quantize: ir.Node, node: ir.Node) -> bool:
     return True
 
 
-INTEGER_FORMS = frozenset(
-    {"Conv", "Gemm", "Add", "Concat", "GlobalAveragePool", "AveragePool"} | _SAME_CODES
-)
-"""Operators that have an integer form here."""
-
-
 def to_qoperators(
     model: ir.Model,
     *,
     linear_as_convolution: bool,
-    operators: Collection[str] = INTEGER_FORMS,
+    operators: Collection[str],
 ) -> int:
     """Fuse every pattern above; returns the number of integer operators made.
 

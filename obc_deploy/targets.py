@@ -59,6 +59,8 @@ class Target:
         opset: newest ONNX operator set that the runtime takes.
         ir_version: newest ONNX file version that the runtime takes.
         placement: what runs in int8 there.
+        integer_operators: float operators that have a fast integer form there (QOperator only).
+        one_weight_step: the runtime's fastest kernels want one weight scale a layer.
         linear_as_convolution: write int8 linears as 1x1 convolutions, which the runtime has kernels for.
         sparse_from: smallest sparsity that was measured to beat the dense kernel, by pattern; a
             pattern that is not in it gains nothing.
@@ -71,10 +73,19 @@ class Target:
     opset: int
     ir_version: int
     placement: Placement
+    integer_operators: frozenset[str]
+    one_weight_step: bool
     linear_as_convolution: bool
     sparse_from: Mapping[type, float]
     summary: str
 
+
+_ALL_INTEGER = frozenset(
+    {
+        "Conv", "Gemm", "Add", "Concat", "GlobalAveragePool", "AveragePool", "MaxPool", "Reshape",
+        "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity",
+    }
+)  # fmt: skip
 
 ONNXRUNTIME = Target(
     name="onnxruntime",
@@ -83,6 +94,8 @@ ONNXRUNTIME = Target(
     opset=18,
     ir_version=10,
     placement=Placement(),
+    integer_operators=_ALL_INTEGER,
+    one_weight_step=False,
     linear_as_convolution=False,
     sparse_from={},
     summary="ONNX Runtime on the CPU, QDQ graph; int8 is fast, zeros are ignored",
@@ -95,6 +108,8 @@ ONNXRUNTIME_QOPERATOR = Target(
     opset=18,
     ir_version=10,
     placement=Placement(),
+    integer_operators=_ALL_INTEGER,
+    one_weight_step=False,
     linear_as_convolution=False,
     sparse_from={},
     summary="ONNX Runtime on the CPU, integer operators (QLinearConv)",
@@ -106,7 +121,10 @@ DEEPSPARSE = Target(
     format=Format.QOPERATOR,
     opset=17,
     ir_version=8,
-    placement=Placement(concat=False, linear_output=True),
+    placement=Placement(concat=False, average_pool=False, linear_output=True),
+    # Integer max and average pools make it hand the whole graph to its fallback.
+    integer_operators=frozenset({"Conv", "Gemm", "Add", "Reshape", "Flatten"}),
+    one_weight_step=True,
     linear_as_convolution=True,
     sparse_from={Block4: 0.8, Unstructured: 0.85},
     summary="DeepSparse on the CPU, integer operators; zeros are skipped (needs 80 % or more)",

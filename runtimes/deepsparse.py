@@ -23,6 +23,7 @@ LICENCE = (
     "its makers have ended its development"
 )
 MAX_IR_VERSION = 9
+MAX_OPSET = 19
 
 
 def info() -> RuntimeInfo:
@@ -52,6 +53,11 @@ def refusals(graph: OnnxGraph) -> tuple[str, ...]:
         reasons.append(
             f"it is written in ONNX IR version {graph.ir_version} and DeepSparse reads up to "
             f"{MAX_IR_VERSION}; export with target deepsparse"
+        )
+    if graph.opset > MAX_OPSET:
+        reasons.append(
+            f"it uses opset {graph.opset} and DeepSparse reads up to {MAX_OPSET}; "
+            "export with target deepsparse"
         )
     grouped = [node for node in graph.layers if node.op_type == "ConvInteger" and node.groups > 1]
     if grouped:

@@ -227,6 +227,7 @@ class Session:
         outputs: what `run` returns.
         facts: what the runtime says about the loaded artifact ("fraction_native" of DeepSparse).
         pid: the worker's process id.
+        versions: of the worker's "python" and "numpy".
     """
 
     def __init__(
@@ -248,6 +249,8 @@ class Session:
         self.threads = len(cores)
         self.batch_size = batch_size
         self.pid = worker.process.pid
+        greeting, _ = self._ask("hello", {})
+        self.versions: dict[str, str] = greeting["versions"]
         header, _ = self._ask(
             "open",
             {
@@ -297,7 +300,7 @@ class Session:
             RuntimeFailedError: inputs that do not fit, or the runtime failed, crashed or hung.
         """
         self._check_inputs(inputs)
-        _, outputs = self._ask("run", {}, inputs)
+        _, outputs = self._ask("run", {}, self._ordered(inputs))
         return outputs
 
     def time(
@@ -330,7 +333,7 @@ class Session:
         self._check_inputs(inputs, raw=end_to_end is not None)
         preprocessing = None if end_to_end is None else end_to_end.as_dict()
         request = {"warmup": warmup, "samples": samples, "preprocessing": preprocessing}
-        _, taken = self._ask("time", request, inputs, progress=progress)
+        _, taken = self._ask("time", request, self._ordered(inputs), progress=progress)
         return TimedSamples(taken["warmup_ms"], taken["samples_ms"])
 
     def profile(
@@ -355,11 +358,16 @@ class Session:
         self._check_inputs(inputs)
         options = {"optimized_model": str(optimized_model)} if optimized_model else {}
         request = {"warmup": warmup, "iterations": iterations, "options": options}
-        header, _ = self._ask("profile", request, inputs)
+        header, _ = self._ask("profile", request, self._ordered(inputs))
         return [
             LayerProfile(**{**layer, "outputs": tuple(layer.get("outputs", ()))})
             for layer in header["layers"]
         ]
+
+    def _ordered(
+        self, inputs: Mapping[str, np.ndarray[Any, Any]]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        return {spec.name: inputs[spec.name] for spec in self.inputs}
 
     def _check_inputs(
         self, inputs: Mapping[str, np.ndarray[Any, Any]], *, raw: bool = False

@@ -85,8 +85,8 @@ class DowndatedInverse:
         wanted = self._stored[self._row, position]
         if self._kept:
             vectors = self._vectors[:, : self._kept]
-            index = position[:, None, :].expand(-1, self._kept, -1)
-            wanted.baddbmm_(vectors.gather(2, index).mT, vectors, alpha=-1.0)
+            at = _repeated(position, self._kept)
+            wanted.baddbmm_(vectors.gather(2, at).mT, vectors, alpha=-1.0)
         return wanted
 
     def eliminate(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,16 +127,16 @@ class DowndatedInverse:
         self._kept = 0
 
         order, hole, source = _closing_moves(dropped)
-        hole, source = _widened(hole, width), _widened(source, width)
-        size = order.shape[1] * width
+        hole, source, places = (_widened(part, width) for part in (hole, source, order))
+        size = places.shape[1]
         stored = self._stored
         if hole.shape[1]:
-            stored[self._row, hole] = stored[self._row, source]
-            moved = stored[:, :size].gather(2, source[:, None, :].expand(-1, size, -1))
-            stored[:, :size].scatter_(2, hole[:, None, :].expand(-1, size, -1), moved)
+            # The matrix is symmetric: a moved index's row, in the new order, is its column too.
+            moved = stored[self._row, source].gather(2, _repeated(places, hole.shape[1]))
+            stored[:, :, :size][self._row, hole] = moved
+            stored[:, :size].scatter_(2, _repeated(hole, size), moved.mT)
         self._stored = stored[:, :size, :size]
         self._vectors = self._vectors[:, :, :size]
-        places = _widened(order, width)
         self.column = self.column.gather(1, places)
         self.floor = self.floor.gather(1, places)
         return order
@@ -163,6 +163,11 @@ def _closing_moves(dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def true_places(mask: torch.Tensor) -> torch.Tensor:
     """(rows, cols) int64: each row's places where the mask is true, in order, then the rest."""
     return torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
+
+
+def _repeated(index: torch.Tensor, times: int) -> torch.Tensor:
+    """(rows, n) seen as (rows, times, n)."""
+    return index[:, None, :].expand(-1, times, -1)
 
 
 def _widened(places: torch.Tensor, width: int) -> torch.Tensor:

@@ -79,11 +79,8 @@ class Worker:
         self._backend: Optional[Any] = None
 
     def hello(self, request: Header, feed: Arrays) -> Tuple[Header, Arrays]:
-        """Versions of the interpreter, of numpy, and of a runtime where one is named."""
-        versions = {"python": platform.python_version(), "numpy": np.__version__}
-        if request.get("runtime"):
-            versions[request["runtime"]] = _load(request["runtime"]).VERSION
-        return {"versions": versions, "pid": os.getpid()}, {}
+        """Versions of the interpreter and of numpy."""
+        return {"versions": {"python": platform.python_version(), "numpy": np.__version__}}, {}
 
     def open(self, request: Header, feed: Arrays) -> Tuple[Header, Arrays]:
         """Load the artifact, on the given cores only."""

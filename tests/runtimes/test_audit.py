@@ -140,9 +140,10 @@ def test_deepsparse_falls_back_and_the_audit_says_why(
     elif form == "mean":
         nodes = [
             helper.make_node("Conv", ["x", "w"], ["c"], name="conv", pads=[1] * 4),
-            helper.make_node("ReduceMean", ["c"], ["y"], name="mean", axes=[-1, -2]),
+            helper.make_node("ReduceMean", ["c", "axes"], ["y"], name="mean"),
         ]
-        path = models.save("mean", nodes, {"w": models.weight}, output=(1, CHANNELS, 1, 1))
+        weights = {"w": models.weight, "axes": np.array([-1, -2])}
+        path = models.save("mean", nodes, weights, opset=18, output=(1, CHANNELS, 1, 1))
     else:
         node = helper.make_node("Conv", ["x", "w"], ["y"], name="conv", pads=[1] * 4, group=4)
         path = models.save("grouped", [node], {"w": models.weight[:, : CHANNELS // 4]})

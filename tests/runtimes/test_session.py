@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from onnx_models import CHANNELS, DEEPSPARSE_MARKS, OnnxBuilder, convolve, needs
 
 from obc_deploy.errors import ArtifactError, RuntimeFailedError, RuntimeMissingError
 from obc_deploy.runtimes.contract import Preprocessing, SessionOptions, TensorSpec
-from obc_deploy.runtimes.session import Session, open_session, usable_cores
+from obc_deploy.runtimes.session import WORKER, Session, open_session, usable_cores
 
 BOTH = [
     "onnxruntime",
@@ -100,6 +102,25 @@ def test_raw_samples_come_back_warm_ups_apart(runtime: str, models: OnnxBuilder)
         assert session.profile({"x": models.x}, warmup=1, iterations=2)
 
 
+def test_pre_processing_reads_the_first_input_of_the_graph(tmp_path: Path) -> None:
+    float_type, byte_type = TensorProto.FLOAT, TensorProto.UINT8
+    image = helper.make_tensor_value_info("image", float_type, [1, 3, 2, 2])
+    gain = helper.make_tensor_value_info("gain", byte_type, [1])
+    output = helper.make_tensor_value_info("y", float_type, [1, 3, 2, 2])
+    nodes = [
+        helper.make_node("Cast", ["gain"], ["factor"], to=float_type),
+        helper.make_node("Mul", ["image", "factor"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [image, gain], [output])
+    opset = helper.make_opsetid("", 13)
+    path = tmp_path / "two.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+    raw = {"gain": np.ones(1, np.uint8), "image": np.zeros((1, 2, 2, 3), np.uint8)}
+    with open_session("onnxruntime", path, threads=1) as session:
+        how = Preprocessing(1 / 255, channels_last=True)
+        assert session.time(raw, warmup=0, samples=2, end_to_end=how).samples_ms.shape == (2,)
+
+
 def test_the_worker_is_pinned_to_its_cores(models: OnnxBuilder) -> None:
     physical, hyperthreads = usable_cores()
     assert {*physical, *hyperthreads} == os.sched_getaffinity(0)
@@ -117,8 +138,15 @@ def test_each_session_has_a_fresh_process(models: OnnxBuilder) -> None:
         open_session("onnxruntime", path, threads=1) as other,
     ):
         assert len({one.pid, other.pid, os.getpid()}) == 3
+        assert one.versions == {"python": platform.python_version(), "numpy": np.__version__}
     assert gone(one.pid, 0)
     assert gone(other.pid, 0)
+
+
+def test_the_worker_runs_on_python_3_8_and_hides_no_package() -> None:
+    for path in WORKER.glob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+        assert path.stem.startswith("worker_") or path.stem in ("__init__", "__main__")
 
 
 def test_profile_names_the_operators(session: Session, models: OnnxBuilder) -> None:
@@ -220,10 +248,10 @@ def test_a_graph_of_a_later_opset_is_refused_in_one_line(tmp_path: Path) -> None
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value], [output])
     opset = helper.make_opsetid("", 99)
     path = tmp_path / "later.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[opset]), path)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
     with pytest.raises(RuntimeFailedError, match=r"later\.onnx") as error:
         open_session("onnxruntime", path)
-    assert "99" in one_line(error)
+    assert "opset" in one_line(error)
 
 
 def test_an_unknown_runtime_lists_the_known(models: OnnxBuilder) -> None:
@@ -343,6 +371,13 @@ def test_the_worker_ends_with_its_caller(number: signal.Signals, models: OnnxBui
 def test_deepsparse_refuses_a_later_file_format(models: OnnxBuilder) -> None:
     with pytest.raises(RuntimeFailedError, match="IR version 10") as error:
         open_session("deepsparse", models.float_conv(ir_version=10))
+    assert "export with target deepsparse" in one_line(error)
+
+
+@needs_deepsparse
+def test_deepsparse_refuses_a_later_opset(models: OnnxBuilder) -> None:
+    with pytest.raises(RuntimeFailedError, match="opset 20") as error:
+        open_session("deepsparse", models.float_conv(opset=20))
     assert "export with target deepsparse" in one_line(error)
 
 

@@ -1,0 +1,195 @@
+"""Exporters: a compressed model becomes a file that a runtime runs, checked before it is named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obc_deploy.artifacts import Artifact, file_sha256, manifest_path
+from obc_deploy.errors import ExportError, ObcDeployError
+from obc_deploy.manifest import ArtifactLayer, ArtifactManifest, write_json
+from obc_deploy.targets import Format, Target
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import onnx_ir as ir
+    from torch import Tensor, fx
+
+    from obc_deploy.compression import CompressedModel
+
+MODEL_FILE = "model.onnx"
+CHECKED_SAMPLES = 16
+"""Calibration samples that every export is compared on."""
+
+
+def export(
+    model: CompressedModel,
+    path: Path,
+    target: Target,
+    *,
+    dynamic_batch: bool = False,
+    batch_size: int = 1,
+    check: bool = True,
+) -> Artifact:
+    """Write a compressed model for a target; the file appears only once it has passed its checks.
+
+    Args:
+        model: what to export.
+        path: an .onnx file, or a folder that gets `model.onnx`.
+        target: the target.
+        dynamic_batch: leave the batch size open.
+        batch_size: the batch size of a static file.
+        check: compare outputs with PyTorch's on calibration samples.
+
+    Raises:
+        ExportError: the model has no form there, the file is malformed, or its outputs differ.
+    """
+    import onnx
+    import torch
+
+    from obc_deploy.exporters.onnx_file import build_onnx
+    from obc_deploy.exporters.parity import FLOAT_TOLERANCE, QUANTIZED_TOLERANCE, check_parity
+
+    if batch_size < 1:
+        raise ExportError(f"batch size {batch_size}: give 1 or more")
+    if dynamic_batch and not model.network.dynamic_batch:
+        raise ExportError(
+            "the model was captured with a fixed batch size; export without --dynamic-batch"
+        )
+    fixed = model.network.batch_size
+    if fixed is not None and batch_size != fixed:
+        raise ExportError(
+            f"the model was captured with batch size {fixed}; it cannot be exported with {batch_size}"
+        )
+    file = path if path.suffix == ".onnx" else path / MODEL_FILE
+    quantized = model.quantized(target.placement)
+    size = 2 if dynamic_batch else batch_size
+    batches = _batches(model, size)
+    built = build_onnx(model, quantized, target, batches[0], dynamic_batch=dynamic_batch)
+    has_codes = any(form.codes is not None for form in model.forms.values())
+    form = target.format if has_codes else Format.FLOAT
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        onnx.save(built.proto, partial)
+    except OSError as error:
+        raise ExportError(f"cannot write '{file}': {error.strerror}; choose a writable place") from error
+    try:
+        _check_file(partial, built.proto)
+        parity: dict[str, Any] = {}
+        if check:
+            count = max(1, CHECKED_SAMPLES // size)
+            run, runtime = _runner(target, partial, size)
+            with torch.no_grad():
+                parity = check_parity(
+                    run, built.reference, batches[:count],
+                    tolerance=QUANTIZED_TOLERANCE if has_codes else FLOAT_TOLERANCE,
+                    runtime=runtime, path=partial,
+                ).as_dict()  # fmt: skip
+        os.replace(partial, file)  # noqa: PTH105
+    finally:
+        partial.unlink(missing_ok=True)
+    manifest = ArtifactManifest(
+        target=target.name,
+        runtime=target.runtime,
+        format=form.value,
+        file=file.name,
+        file_sha256=file_sha256(file),
+        size_bytes=file.stat().st_size,
+        opset=built.opset,
+        ir_version=built.ir_version,
+        dynamic_batch=dynamic_batch,
+        batch_size=None if dynamic_batch else size,
+        layers=_artifact_layers(model, quantized.int8_layers, built.outputs),
+        parity=parity,
+        notes=[f"{name}: {reason}" for name, reason in quantized.float_layers.items()],
+        compression=model.manifest,
+    )
+    write_json(manifest_path(file), manifest)
+    return Artifact(file, manifest)
+
+
+def _artifact_layers(
+    model: CompressedModel, int8: Sequence[str], outputs: dict[str, str]
+) -> list[ArtifactLayer]:
+    records = {record.name: record for record in model.manifest.layers}
+    return [
+        ArtifactLayer(
+            name=layer.name,
+            output=outputs[layer.name],
+            sparse=records[layer.name].density < 1.0,
+            int8=layer.name in int8,
+            codes=f"{layer.name}.weight_codes" if layer.name in model.forms else None,
+        )
+        for layer in model.layers
+        if layer.name in outputs
+    ]
+
+
+def _batches(model: CompressedModel, size: int) -> list[tuple[Tensor, ...]]:
+    samples = model.samples
+    count = max(size, len(samples) // size * size)
+    batches = []
+    for start in range(0, count, size):
+        index = [i % len(samples) for i in range(start, start + size)]
+        batches.append(_stack(samples, index))
+    return batches
+
+
+def _stack(samples: Any, index: list[int]) -> tuple[Tensor, ...]:
+    import torch
+
+    parts = [samples.arrays(i, i + 1) for i in index]
+    return tuple(torch.cat([torch.from_numpy(p[k]) for p in parts]) for k in range(len(parts[0])))
+
+
+def _check_file(path: Path, proto: Any) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto)
+        onnx.shape_inference.infer_shapes(proto, strict_mode=False)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ExportError(f"the ONNX graph of '{path.name}' is malformed: {reason[:300]}") from error
+
+
+def _runner(
+    target: Target, path: Path, batch_size: int
+) -> tuple[Callable[[Sequence[npt.NDArray[Any]]], list[npt.NDArray[Any]]], str]:
+    """Something that runs the file: the target's own runtime where it is here, else ONNX Runtime."""
+    from obc_deploy.runtimes.registry import runtime_info
+    from obc_deploy.runtimes.session import open_session
+
+    if target.runtime != "onnxruntime" and runtime_info(target.runtime).works:
+        session = open_session(target.runtime, path, threads=1, batch_size=batch_size)
+        names = [spec.name for spec in session.inputs]
+
+        def run_there(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+            return list(session.run(dict(zip(names, arrays, strict=True))).values())
+
+        return run_there, target.runtime
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        local = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime cannot load the exported graph: {str(error).splitlines()[0][:300]}"
+        ) from error
+    inputs = [item.name for item in local.get_inputs()]
+
+    def run_here(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        outputs: list[npt.NDArray[Any]] = local.run(None, dict(zip(inputs, arrays, strict=True)))
+        return outputs
+
+    return run_here, "onnxruntime"
+
+
+__all__ = ["Artifact", "ObcDeployError", "export"]

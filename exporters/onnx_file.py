@@ -1,0 +1,97 @@
+"""A quantized network becomes an ONNX model in the form and operator set of a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from torch import Tensor, fx
+
+from obc_deploy.exporters.conv_integer import to_conv_integer
+from obc_deploy.exporters.edit import drop_dead
+from obc_deploy.exporters.graph import onnx_graph
+from obc_deploy.exporters.opset import lower_opset
+from obc_deploy.exporters.pooling import means_to_global_average_pools
+from obc_deploy.exporters.qoperator import to_qoperators
+from obc_deploy.targets import Format, Target
+
+if TYPE_CHECKING:
+    from obc_deploy.compression import CompressedModel
+    from obc_deploy.quantized_network import QuantizedNetwork
+
+
+@dataclass(frozen=True)
+class BuiltOnnx:
+    """An ONNX model in memory.
+
+    Attributes:
+        proto: the model.
+        reference: the PyTorch graph it was made from; values have the same names where both have them.
+        outputs: each layer's name to the name of the ONNX value its operator computes.
+        opset: operator set of the default domain.
+        ir_version: file version.
+    """
+
+    proto: Any
+    reference: fx.GraphModule
+    outputs: dict[str, str]
+    opset: int
+    ir_version: int
+
+
+def _layer_outputs(model: ir.Model, layers: dict[str, str]) -> dict[str, str]:
+    """Output value of the operator that reads each layer's weight (through a DequantizeLinear)."""
+    found: dict[str, str] = {}
+    for name, value in model.graph.initializers.items():
+        layer = layers.get(name or "")
+        if layer is None:
+            continue
+        for use in value.uses():
+            node = use.node
+            while node.op_type in {"DequantizeLinear", "Transpose"} and node.outputs[0].uses():
+                node = node.outputs[0].uses()[0].node
+            found[layer] = node.outputs[0].name or ""
+    return found
+
+
+def build_onnx(
+    model: CompressedModel,
+    quantized: QuantizedNetwork,
+    target: Target,
+    example: tuple[Tensor, ...],
+    *,
+    dynamic_batch: bool,
+) -> BuiltOnnx:
+    """Translate, then rewrite for the target.
+
+    Args:
+        model: the compressed model.
+        quantized: its network with quantizers placed for the target.
+        target: the target.
+        example: one batch of the file's batch size.
+        dynamic_batch: leave the batch size open.
+
+    Raises:
+        ExportError: an operator has no form there.
+    """
+    graph, reference = onnx_graph(quantized.module, example, dynamic_batch=dynamic_batch)
+    means_to_global_average_pools(graph)
+    weights = {f"{layer.name}.weight_codes": layer.name for layer in model.layers}
+    weights |= {layer.weight_name: layer.name for layer in model.layers}
+    if target.format is Format.QOPERATOR:
+        if target.one_weight_step:
+            to_conv_integer(graph)
+        to_qoperators(
+            graph,
+            linear_as_convolution=target.linear_as_convolution,
+            operators=target.integer_operators,
+        )
+        weights |= {f"{layer.name}.weight_codes_1x1": layer.name for layer in model.layers}
+    drop_dead(graph)
+    lower_opset(graph, target.opset)
+    graph.ir_version = target.ir_version
+    outputs = _layer_outputs(graph, weights)
+    return BuiltOnnx(
+        ir.to_proto(graph), reference, outputs, int(graph.graph.opset_imports[""]), target.ir_version
+    )

@@ -1,0 +1,209 @@
+"""Run directories: a compressed model on disk, with what is needed to export and measure it again.
+
+    manifest.json        what was done, to what, with what result
+    network.pt2          the folded float network (torch.export)
+    layers.safetensors   codes, scales, zero points and masks of the compressed layers
+    samples.npz          a few calibration samples, to check exports on
+    baselines/           the dense float and dense int8 networks, in the same form
+
+A run directory is written beside its place and moved there when it is complete, so that an
+interrupted run leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from obc_deploy.activations import ActivationRange
+from obc_deploy.data import Preprocessing, Samples
+from obc_deploy.errors import RunDirectoryError
+from obc_deploy.manifest import FILE_NAME, Manifest, read_manifest, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from obc_deploy.compression import CompressedModel
+    from obc_deploy.solvers.contract import CompressedLayer
+
+NETWORK = "network.pt2"
+LAYERS = "layers.safetensors"
+SAMPLES = "samples.npz"
+BASELINES = "baselines"
+
+
+def check_free(folder: Path, *, overwrite: bool = False) -> None:
+    """Make sure that a run can be written there, before hours of work.
+
+    Raises:
+        RunDirectoryError: it is in use already, or not writable.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunDirectoryError(f"'{folder}' is a file; choose another name for the run directory")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise RunDirectoryError(
+                f"run directory '{folder}' is in use already; choose another, or pass --overwrite"
+            )
+        if not (folder / FILE_NAME).is_file():
+            raise RunDirectoryError(
+                f"'{folder}' holds files but no {FILE_NAME}: it is no run directory and is left alone"
+            )
+    parent = folder.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise RunDirectoryError(f"cannot write to '{parent}'; choose another run directory")
+
+
+def save_run(model: CompressedModel, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write a compressed model as a run directory.
+
+    Raises:
+        RunDirectoryError: it is in use already, or cannot be written.
+    """
+    check_free(folder, overwrite=overwrite)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        _write(model, partial)
+        for baseline in model.baselines:
+            _write(baseline, partial / BASELINES / baseline.role)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.replace(folder)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write run directory '{folder}': {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write(model: CompressedModel, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    network = model.network
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in network.example) if network.dynamic_batch else None
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(network.module, network.example, dynamic_shapes=shapes)
+        torch.export.save(program, folder / NETWORK)
+    tensors: dict[str, Tensor] = {}
+    for name, form in model.forms.items():
+        tensors[f"{name}/mask"] = form.mask.cpu().contiguous()
+        if form.codes is not None and form.scale is not None and form.zero_point is not None:
+            tensors[f"{name}/codes"] = form.codes.cpu().contiguous()
+            tensors[f"{name}/scale"] = form.scale.cpu().contiguous()
+            tensors[f"{name}/zero_point"] = form.zero_point.cpu().contiguous()
+    save_file(tensors, folder / LAYERS, metadata={"schema": str(model.manifest.schema_version)})
+    arrays = {f"input:{name}": array for name, array in model.samples.inputs.items()}
+    if model.samples.labels is not None:
+        arrays["labels"] = model.samples.labels
+    np.savez_compressed(folder / SAMPLES, **arrays)  # type: ignore[arg-type]
+    write_json(folder / FILE_NAME, model.manifest)
+
+
+def load_run(folder: Path | str) -> CompressedModel:
+    """A compressed model from its run directory, with its baselines.
+
+    Raises:
+        RunDirectoryError: it is no run directory, or is damaged.
+    """
+    folder = Path(folder)
+    model = _read(folder)
+    baselines = tuple(
+        _read(folder / BASELINES / role)
+        for role in ("dense-fp32", "dense-int8")
+        if (folder / BASELINES / role / FILE_NAME).is_file()
+    )
+    return replace(model, baselines=baselines)
+
+
+def _read(folder: Path) -> CompressedModel:
+    import torch
+    from safetensors.torch import load_file
+
+    from obc_deploy.capture import capture
+    from obc_deploy.compression import CompressedModel
+    from obc_deploy.layers import find_layers
+
+    manifest = read_manifest(folder)
+    try:
+        with np.load(folder / SAMPLES, allow_pickle=False) as stored:
+            inputs = {
+                name.removeprefix("input:"): stored[name]
+                for name in stored.files
+                if name.startswith("input:")
+            }
+            labels = stored["labels"] if "labels" in stored.files else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.load(folder / NETWORK)
+        tensors = load_file(folder / LAYERS)
+    except Exception as error:
+        raise RunDirectoryError(
+            f"run directory '{folder}' is damaged ({str(error).splitlines()[0][:200]}); compress again"
+        ) from error
+    settings = manifest.calibration.preprocessing
+    preprocessing = None
+    if settings is not None:
+        preprocessing = Preprocessing(
+            settings["scale"], tuple(settings["mean"]), tuple(settings["std"])
+        )
+    samples = Samples(inputs, labels, preprocessing, manifest.calibration.source)
+    example = tuple(torch.from_numpy(array) for array in samples.arrays(0, 2))
+    network = capture(program, example)
+    layers, _ = find_layers(network)
+    forms = _forms(manifest, tensors, {layer.name: layer for layer in layers}, network, folder)
+    return CompressedModel(
+        network=network,
+        layers=tuple(layers),
+        forms=forms,
+        ranges={name: ActivationRange(*pair) for name, pair in manifest.activations.items()},
+        samples=samples,
+        manifest=manifest,
+    )
+
+
+def _forms(
+    manifest: Manifest, tensors: Mapping[str, Tensor], layers: Mapping[str, object], network: object, folder: Path
+) -> dict[str, CompressedLayer[Tensor]]:
+    from obc_deploy.capture import Network, get_tensor
+    from obc_deploy.layers import Layer, weight_to_matrix
+    from obc_deploy.schemes import Scheme
+    from obc_deploy.solvers.contract import CompressedLayer
+
+    assert isinstance(network, Network)
+    forms: dict[str, CompressedLayer[Tensor]] = {}
+    for record in manifest.layers:
+        scheme = Scheme.parse(record.scheme)
+        if scheme.is_dense:
+            continue
+        layer = layers.get(record.name)
+        if not isinstance(layer, Layer) or f"{record.name}/mask" not in tensors:
+            raise RunDirectoryError(
+                f"run directory '{folder}': layer '{record.name}' of the manifest is not in its files; "
+                "compress again"
+            )
+        matrix = weight_to_matrix(layer, get_tensor(network.module, layer.weight_name))
+        forms[record.name] = CompressedLayer(
+            scheme=scheme,
+            weight=matrix,
+            mask=tensors[f"{record.name}/mask"],
+            codes=tensors.get(f"{record.name}/codes"),
+            scale=tensors.get(f"{record.name}/scale"),
+            zero_point=tensors.get(f"{record.name}/zero_point"),
+            error=record.error if record.error is not None else float("nan"),
+            method=manifest.settings.method,
+        )
+    return forms

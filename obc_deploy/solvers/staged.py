@@ -1,0 +1,92 @@
+"""Quantization of a layer that was pruned earlier: OBQ on what survives, on grids of its own.
+
+Pruning and quantization may have something between them (batch-norm statistics measured anew,
+batch norms folded), and some runtimes want one grid step for a whole layer. Rows may have been
+multiplied by a factor each in between: that changes neither which codes are best nor the Hessian.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from obc_deploy.schemes import Quantization, Scheme
+from obc_deploy.solvers.contract import CompressedLayer, LayerProblem, Progress
+from obc_deploy.solvers.dispatch import needs_hessian, torch_device
+from obc_deploy.solvers.grids import Grid, find_grid
+from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
+from obc_deploy.solvers.problems import check_problem, check_scheme, damp, relative_error
+from obc_deploy.solvers.rtn import rtn_codes
+from obc_deploy.solvers.settings import SolverSettings, precision
+
+
+def shared_grid(weight: torch.Tensor, quantization: Quantization) -> Grid:
+    """One grid for all rows of a (rows, cols) weight; its scale is repeated, (rows, 1)."""
+    rows = weight.shape[0]
+    one = find_grid(weight.reshape(1, -1), quantization)
+    return Grid(
+        one.scale.expand(rows, 1).clone(),
+        one.zero_point.expand(rows, 1).clone(),
+        one.code_min,
+        one.code_max,
+    )
+
+
+def quantize_pruned(
+    problem: LayerProblem,
+    pruned: CompressedLayer[torch.Tensor],
+    scheme: Scheme,
+    *,
+    shared_step: bool = False,
+    method: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> CompressedLayer[torch.Tensor]:
+    """Codes for a pruned layer; what was pruned stays exactly zero.
+
+    Args:
+        problem: the dense layer, rows scaled as the pruned ones are; its error is measured against.
+        pruned: the layer after pruning (or unpruned, with a mask of ones).
+        scheme: the whole scheme; its quantization is applied here.
+        shared_step: one grid for the layer instead of one a row.
+        method: as in `solve`.
+        dtype: as in `solve`.
+        device: as in `solve`.
+        progress: told the share of the rows done.
+
+    Raises:
+        ProblemError: as in `solve`.
+        SchemeError: as in `solve`, or the scheme has no quantization.
+    """
+    exact = needs_hessian(method)
+    checked = check_problem(problem, needs_hessian=exact, device=torch_device(device))
+    rows, cols = checked.weight.shape
+    check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
+    quantization = scheme.quantization
+    assert quantization is not None, "only schemes that quantize come here"
+    settings = SolverSettings(dtype=precision(dtype))
+    report = progress or (lambda _: None)
+    mask = pruned.mask.to(checked.weight.device)
+    weight = pruned.weight.to(checked.weight).masked_fill(~mask, 0.0)
+    # The grid is the dense rows' own, as in the paper; a shared one must cover them all.
+    make = shared_grid if shared_step else find_grid
+    grid = make(checked.weight, quantization)
+    if not exact:
+        codes = rtn_codes(weight, mask, grid)
+    elif scheme.pattern is None:
+        codes = obq_codes(damp(checked), grid, settings, report)
+    else:
+        codes = obq_codes_of_survivors(damp(checked), weight, mask, grid, settings, report)
+    report(1.0)
+    dequantized = grid.dequantize(codes)
+    home = problem.weight.device
+    return CompressedLayer(
+        scheme=scheme,
+        weight=dequantized.to(home),
+        mask=pruned.mask,
+        codes=codes.to(home),
+        scale=grid.scale.to(home),
+        zero_point=grid.zero_point.to(home),
+        error=relative_error(checked, dequantized),
+        method=pruned.method,
+    )
