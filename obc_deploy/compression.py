@@ -54,8 +54,8 @@ KEPT_SAMPLES = 32
 """Calibration samples that stay with a compressed model, to check exports on."""
 SHARED_STEP_FACTOR = 1.25
 SHARED_STEP_ERROR = 2e-3
-"""One grid step for a layer is taken where its error is at most this factor times that of one step
-a row, plus this much: far below what pruning at useful sparsities costs."""
+"""One grid step for a whole layer is kept where the error is at most this factor times the error that
+pruning left, plus this much; else each row gets a step of its own."""
 
 Role = Literal["dense-fp32", "dense-int8", "compressed"]
 Stage = Callable[[str, float], None]
@@ -546,6 +546,20 @@ class _Work:
             name=layer.name,
         )
 
+    def _codes(
+        self,
+        problem: LayerProblem,
+        form: CompressedLayer[Tensor],
+        scheme: Scheme,
+        report: Callable[[float], None],
+        *,
+        shared_step: bool,
+    ) -> CompressedLayer[Tensor]:
+        return quantize_pruned(
+            problem, form, scheme, shared_step=shared_step, method=self.method, dtype=self.dtype,
+            device=self.calibrated.device, progress=report,
+        )  # fmt: skip
+
     def _dense(self, layer: Layer) -> Tensor:
         weight = get_tensor(self.calibrated.network.module, layer.weight_name)
         return weight_to_matrix(layer, weight)
@@ -604,17 +618,13 @@ class _Work:
                 def report(part: float, done: float = done, share: float = share) -> None:
                     self.say("quantizing", (done + part * share) / sum(work))
 
-                quantized = quantize_pruned(
-                    problem, form, scheme, method=self.method, dtype=self.dtype,
-                    device=self.calibrated.device, progress=report,
-                )  # fmt: skip
+                quantized = None
                 if shared and scheme.quantization.group is None:
-                    one = quantize_pruned(
-                        problem, form, scheme, shared_step=True, method=self.method,
-                        dtype=self.dtype, device=self.calibrated.device,
-                    )  # fmt: skip
-                    if one.error <= SHARED_STEP_FACTOR * quantized.error + SHARED_STEP_ERROR:
+                    one = self._codes(problem, form, scheme, report, shared_step=True)
+                    if one.error <= SHARED_STEP_FACTOR * form.error + SHARED_STEP_ERROR:
                         quantized = one
+                if quantized is None:
+                    quantized = self._codes(problem, form, scheme, report, shared_step=False)
                 results[layer.name] = quantized
                 _set_weight(network, layer, quantized.weight)
             done += share
@@ -704,7 +714,7 @@ def _manifest(
     measured = needs_hessian(settings.method)
     notes = [f"{layer.name}: {layer.reason}" for layer in calibrated.unsupported]
     if target is not None and role == "compressed":
-        vnni = "avx512_vnni" in machine.features or "avx_vnni" in machine.features
+        vnni = bool({"avx512_vnni", "avx_vnni"} & set(machine.cpu_features))
         notes += preflight(target, calibrated.layers, schemes, vnni=vnni)
     return Manifest(
         role=role,

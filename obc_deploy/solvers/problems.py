@@ -185,7 +185,7 @@ def damp(problem: CheckedProblem) -> DampedProblem:
 
     Raises:
         ProblemError: the damped Hessian is singular; the message names the smallest damping, among
-            powers of ten, that works.
+            powers of ten, that works in float32.
     """
     hessian = problem.hessian
     if hessian is None:
@@ -212,21 +212,27 @@ def _damped(hessian: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.
     return damped
 
 
-def _factor(damped: torch.Tensor) -> torch.Tensor | None:
-    """The Cholesky factors, or None where a pivot is no more than rounding."""
+def _factor(damped: torch.Tensor, *, least_pivot: float = 0.0) -> torch.Tensor | None:
+    """The Cholesky factors, or None where a pivot is no more than rounding, or `least_pivot`.
+
+    Pivots count as shares of H's own diagonal: what of an input the inputs before it do not tell.
+    """
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed.any()):
         return None
     pivots = factor.diagonal(dim1=1, dim2=2).square()
-    rounding = 10 * damped.shape[-1] * torch.finfo(damped.dtype).eps
-    singular = pivots <= rounding * damped.diagonal(dim1=1, dim2=2)
+    least = max(10 * damped.shape[-1] * torch.finfo(damped.dtype).eps, least_pivot)
+    singular = pivots <= least * damped.diagonal(dim1=1, dim2=2)
     return None if bool(singular.any()) else factor
 
 
 def _singular_message(problem: CheckedProblem, hessian: torch.Tensor, dead: torch.Tensor) -> str:
     start = f"layer '{problem.name}': the Hessian is singular with damping={problem.damping:g}; "
+    # What is named must leave float32 down-dating something to work with, so it is held to more.
+    least = torch.finfo(torch.float32).eps
     for damping in _DAMPINGS_TRIED:
-        if damping > problem.damping and _factor(_damped(hessian, dead, damping)) is not None:
+        damped = _damped(hessian, dead, damping)
+        if damping > problem.damping and _factor(damped, least_pivot=least) is not None:
             return start + f"damping={damping:g} works, or calibrate on more samples"
     return start + "it is not positive semi-definite: recompute it as 2/n · sum of x xᵀ"
 

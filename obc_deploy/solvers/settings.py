@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from obc_deploy.errors import ProblemError
+from obc_deploy.schemes import BLOCK_SIZE
 from obc_deploy.solvers.contract import Progress
 
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
@@ -27,6 +28,13 @@ class SolverSettings:
     dtype: torch.dtype = torch.float32
     memory: int = 1 << 30
     lazy: int = 32
+
+    def __post_init__(self) -> None:
+        if self.lazy < BLOCK_SIZE or self.lazy % BLOCK_SIZE:
+            raise ProblemError(
+                f"lazy={self.lazy} update vectors do not hold whole blocks; use a multiple of "
+                f"{BLOCK_SIZE}, such as 32"
+            )
 
     def row_batches(self, rows: int, cols: int) -> Iterator[slice]:
         """Slices of rows, near equal, whose (cols, cols) inverses fit the memory."""
