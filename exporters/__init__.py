@@ -14,8 +14,7 @@ from obc_deploy.targets import Format, Target
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    import onnx_ir as ir
-    from torch import Tensor, fx
+    from torch import Tensor
 
     from obc_deploy.compression import CompressedModel
 
@@ -61,7 +60,8 @@ def export(
     fixed = model.network.batch_size
     if fixed is not None and batch_size != fixed:
         raise ExportError(
-            f"the model was captured with batch size {fixed}; it cannot be exported with {batch_size}"
+            f"the model was captured with batch size {fixed} and cannot be exported with "
+            f"{batch_size}; give --batch-size {fixed}"
         )
     file = path if path.suffix == ".onnx" else path / MODEL_FILE
     quantized = model.quantized(target.placement)
@@ -75,7 +75,9 @@ def export(
         file.parent.mkdir(parents=True, exist_ok=True)
         onnx.save(built.proto, partial)
     except OSError as error:
-        raise ExportError(f"cannot write '{file}': {error.strerror}; choose a writable place") from error
+        raise ExportError(
+            f"cannot write '{file}': {error.strerror}; choose a writable place"
+        ) from error
     try:
         _check_file(partial, built.proto)
         parity: dict[str, Any] = {}
@@ -153,13 +155,15 @@ def _check_file(path: Path, proto: Any) -> None:
         onnx.shape_inference.infer_shapes(proto, strict_mode=False)
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ExportError(f"the ONNX graph of '{path.name}' is malformed: {reason[:300]}") from error
+        raise ExportError(
+            f"the ONNX graph of '{path.name}' is malformed: {reason[:300]}"
+        ) from error
 
 
 def _runner(
     target: Target, path: Path, batch_size: int
 ) -> tuple[Callable[[Sequence[npt.NDArray[Any]]], list[npt.NDArray[Any]]], str]:
-    """Something that runs the file: the target's own runtime where it is here, else ONNX Runtime."""
+    """What runs the file: the target's own runtime where it is here, else ONNX Runtime."""
     from obc_deploy.runtimes.registry import runtime_info
     from obc_deploy.runtimes.session import open_session
 
@@ -176,9 +180,7 @@ def _runner(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
-        local = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        local = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime cannot load the exported graph: {str(error).splitlines()[0][:300]}"

@@ -54,7 +54,9 @@ def add_initializer(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.V
             return known
         name = f"{name}_{len(model.graph.initializers)}"
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     model.graph.initializers[name] = value
     return value
 

@@ -1,7 +1,7 @@
 """From a captured PyTorch graph to an ONNX graph, by torch's own exporter.
 
-The two quantization operators of `obc_deploy.quantized_network` are translated to QuantizeLinear and
-DequantizeLinear as they stand, so the codes in the file are the solver's codes.
+The two quantization operators of `obc_deploy.quantized_network` are translated to QuantizeLinear
+and DequantizeLinear as they stand, so the codes in the file are the solver's codes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from obc_deploy.errors import ExportError
 from obc_deploy.quantized_network import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 
 EXPORT_OPSET = 18
-"""What torch's exporter writes without converting; targets that want less get it by a pass."""
+"""What torch's exporter writes without converting, and every runtime here reads."""
 
 
 def _translations() -> dict[Any, Any]:
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
         return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
@@ -100,4 +102,4 @@ def onnx_graph(
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.producer_name = "obc-deploy"
-    return model, program.module(check_guards=False)  # type: ignore[return-value]
+    return model, program.module(check_guards=False)

@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from obc_deploy.exporters.conv_integer import to_conv_integer
 from obc_deploy.exporters.edit import drop_dead
 from obc_deploy.exporters.graph import onnx_graph
-from obc_deploy.exporters.opset import lower_opset
 from obc_deploy.exporters.pooling import means_to_global_average_pools
 from obc_deploy.exporters.qoperator import to_qoperators
 from obc_deploy.targets import Format, Target
@@ -27,7 +26,7 @@ class BuiltOnnx:
 
     Attributes:
         proto: the model.
-        reference: the PyTorch graph it was made from; values have the same names where both have them.
+        reference: the PyTorch graph it was made from; values that both have share their names.
         outputs: each layer's name to the name of the ONNX value its operator computes.
         opset: operator set of the default domain.
         ir_version: file version.
@@ -50,7 +49,7 @@ def _layer_outputs(model: ir.Model, layers: dict[str, str]) -> dict[str, str]:
         for use in value.uses():
             node = use.node
             while node.op_type in {"DequantizeLinear", "Transpose"} and node.outputs[0].uses():
-                node = node.outputs[0].uses()[0].node
+                node = next(iter(node.outputs[0].uses())).node
             found[layer] = node.outputs[0].name or ""
     return found
 
@@ -87,11 +86,15 @@ def build_onnx(
             linear_as_convolution=target.linear_as_convolution,
             operators=target.integer_operators,
         )
-        weights |= {f"{layer.name}.weight_codes_1x1": layer.name for layer in model.layers}
+        for suffix in ("codes_1x1", "codes_transposed", "values"):
+            weights |= {f"{layer.name}.weight_{suffix}": layer.name for layer in model.layers}
     drop_dead(graph)
-    lower_opset(graph, target.opset)
     graph.ir_version = target.ir_version
     outputs = _layer_outputs(graph, weights)
     return BuiltOnnx(
-        ir.to_proto(graph), reference, outputs, int(graph.graph.opset_imports[""]), target.ir_version
+        ir.to_proto(graph),
+        reference,
+        outputs,
+        int(graph.graph.opset_imports[""]),
+        target.ir_version,
     )

@@ -115,8 +115,8 @@ def check_parity(
     if not error <= tolerance:
         first = first_difference(path, module, batches[0], tolerance)
         raise ExportError(
-            f"'{path.name}' run by {runtime} differs from the PyTorch model by {error:.2e} (relative, "
-            f"{count} samples; {tolerance:g} is allowed); {first}"
+            f"'{path.name}' run by {runtime} differs from the PyTorch model by {error:.2e} "
+            f"(relative, {count} samples; {tolerance:g} is allowed); {first}"
         )
     return parity
 
@@ -140,9 +140,7 @@ def first_difference(
         Watcher(module, keep).run(*batch)
     model = onnx.load(path)
     outputs = {output.name for output in model.graph.output}
-    order = [
-        name for node in model.graph.node for name in node.output if name in values
-    ]
+    order = [name for node in model.graph.node for name in node.output if name in values]
     for name in order:
         if name not in outputs:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))

@@ -1,4 +1,4 @@
-"""Pass: a mean over the two spatial axes becomes GlobalAveragePool, which runtimes have kernels for."""
+"""Pass: a mean over both spatial axes becomes GlobalAveragePool, for which kernels exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from obc_deploy.exporters.edit import constant_ints, insert_before, integer, rep
 
 
 def means_to_global_average_pools(model: ir.Model) -> int:
-    """Rewrite ReduceMean over axes (2, 3) of four-dimensional values; returns how many there were."""
+    """Rewrite ReduceMean over axes (2, 3) of 4-d values; returns how many there were."""
     count = 0
     for node in list(model.graph):
         if node.op_type != "ReduceMean" or node.domain:
@@ -26,6 +26,6 @@ def means_to_global_average_pools(model: ir.Model) -> int:
         pooled = insert_before(model, node, "GlobalAveragePool", [source])
         channels = source.shape[1]
         pooled.shape = ir.Shape([source.shape[0], channels, 1, 1])
-        pooled.dtype = source.dtype
+        pooled.type = source.type
         replace_node(model, node, "Flatten", [pooled], {"axis": 1})
     return count

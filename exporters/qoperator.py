@@ -83,7 +83,7 @@ def _clip_is_saturation(node: ir.Node, scale: float, zero_point: int, code_max: 
 
 
 def _behind_rectifier(quantize: ir.Node) -> ir.Node | None:
-    """The operator whose output a QuantizeLinear takes, through a rectifier that saturation replaces."""
+    """What a QuantizeLinear takes the output of, through a rectifier that saturation replaces."""
     source = quantize.inputs[0]
     if source is None:
         return None
@@ -125,25 +125,33 @@ def _fuse_convolution(model: ir.Model, quantize: ir.Node, node: ir.Node) -> bool
     return True
 
 
-def _fuse_gemm(model: ir.Model, node: ir.Node, quantize: ir.Node | None, *, as_convolution: bool) -> bool:
+def _fuse_gemm(
+    model: ir.Model, node: ir.Node, quantize: ir.Node | None, *, as_convolution: bool
+) -> bool:
     data, weight = _operand(node.inputs[0]), _operand(node.inputs[1])
     usable, bias = _bias_codes(node.inputs[2] if len(node.inputs) > 2 else None)
     transposed = node.attributes.get("transB")
-    if data is None or weight is None or not usable or transposed is None or not transposed.as_int():
+    if (
+        data is None
+        or weight is None
+        or not usable
+        or transposed is None
+        or not transposed.as_int()
+    ):
         return False
     for name in ("alpha", "beta"):
         if name in node.attributes and node.attributes[name].as_float() != 1.0:
             return False
     if as_convolution:
-        return quantize is not None and _gemm_as_convolution(model, node, quantize, data, weight, bias)
+        return quantize is not None and _gemm_as_convolution(
+            model, node, quantize, data, weight, bias
+        )
     inputs: list[ir.Value | None] = [*data, *weight, bias]
     if quantize is not None:
         inputs += [quantize.inputs[1], quantize.inputs[2]]
     elif bias is None:
         inputs.pop()
-    fused = replace_node(
-        model, quantize or node, "QGemm", inputs, {"transB": 1}, domain=MICROSOFT
-    )
+    fused = replace_node(model, quantize or node, "QGemm", inputs, {"transB": 1}, domain=MICROSOFT)
     fused.name = node.name
     return True
 
@@ -161,7 +169,9 @@ def _gemm_as_convolution(
         return False
     rows, cols = codes.shape
     planes = add_initializer(model, f"{weight[0].name}_1x1", codes.reshape(rows, cols, 1, 1))
-    to_planes = add_initializer(model, f"to_planes_{cols}", np.array([-1, cols, 1, 1], dtype=np.int64))
+    to_planes = add_initializer(
+        model, f"to_planes_{cols}", np.array([-1, cols, 1, 1], dtype=np.int64)
+    )
     to_rows = add_initializer(model, f"to_rows_{rows}", np.array([-1, rows], dtype=np.int64))
     name = quantize.outputs[0].name
     image = insert_before(model, quantize, "Reshape", [data[0], to_planes], name=f"{name}_planes")
@@ -181,7 +191,12 @@ def _gemm_as_convolution(
 
 def _fuse_add(model: ir.Model, quantize: ir.Node, node: ir.Node) -> bool:
     left, right = _operand(node.inputs[0]), _operand(node.inputs[1])
-    if left is None or right is None or constant(left[0]) is not None or constant(right[0]) is not None:
+    if (
+        left is None
+        or right is None
+        or constant(left[0]) is not None
+        or constant(right[0]) is not None
+    ):
         return False
     replace_node(
         model, quantize, "QLinearAdd",
@@ -209,12 +224,22 @@ def _fuse_pool(model: ir.Model, quantize: ir.Node, node: ir.Node) -> bool:
     inputs = [*data, quantize.inputs[1], quantize.inputs[2]]
     if node.op_type == "GlobalAveragePool":
         fused = replace_node(
-            model, quantize, "QLinearGlobalAveragePool", inputs, {"channels_last": 0}, domain=MICROSOFT
+            model,
+            quantize,
+            "QLinearGlobalAveragePool",
+            inputs,
+            {"channels_last": 0},
+            domain=MICROSOFT,
         )
     else:
         names = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
         fused = replace_node(
-            model, quantize, "QLinearAveragePool", inputs, _attributes(node, names), domain=MICROSOFT
+            model,
+            quantize,
+            "QLinearAveragePool",
+            inputs,
+            _attributes(node, names),
+            domain=MICROSOFT,
         )
     fused.name = node.name
     return True
@@ -231,7 +256,9 @@ def _move_onto_codes(model: ir.Model, quantize: ir.Node, node: ir.Node) -> bool:
     data = _operand(node.inputs[0])
     if data is None:
         return False
-    if not (_same_constant(data[1], quantize.inputs[1]) and _same_constant(data[2], quantize.inputs[2])):
+    if not (
+        _same_constant(data[1], quantize.inputs[1]) and _same_constant(data[2], quantize.inputs[2])
+    ):
         return False
     fused = replace_node(
         model, quantize, node.op_type, [data[0], *node.inputs[1:]], _attributes(node)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from obc_deploy.data import Samples as Samples
     from obc_deploy.data import load_samples as load_samples
     from obc_deploy.models import load_model as load_model
-    from obc_deploy.run_directory import load_run as load
+    from obc_deploy.run_directory import load_run as load  # noqa: F401
     from obc_deploy.schemes import Scheme as Scheme
     from obc_deploy.solvers import solve as solve
     from obc_deploy.solvers.contract import CompressedLayer as CompressedLayer
@@ -51,7 +51,7 @@ _HOMES = {
     "solve": "solvers",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
@@ -59,7 +59,7 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'obc_deploy' has no attribute '{name}'")
-    module_name, attribute = (home.rsplit(".", 1) if home.endswith("load_run") else (home, name))
+    module_name, attribute = home.rsplit(".", 1) if home.endswith("load_run") else (home, name)
     value = getattr(importlib.import_module(f"obc_deploy.{module_name}"), attribute)
     globals()[name] = value
     return value

@@ -28,6 +28,7 @@ from obc_deploy.errors import CalibrationError
 HISTOGRAM_BINS = 4096
 PERCENTILE = 99.99
 MSE_STEPS = 100
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 
 class RangeMethod(Enum):
@@ -50,8 +51,8 @@ class ActivationRange:
 class ActivationGrid:
     """A tensor's uniform grid: real = (code - zero_point) * scale, codes of `bits` bits.
 
-    `signed` grids are symmetric (zero point 0, what TensorRT takes); unsigned ones have a zero point
-    of their own, 0 where nothing is negative (what CPU runtimes are fast on).
+    `signed` grids are symmetric (zero point 0, what TensorRT takes); unsigned ones have a zero
+    point of their own, 0 where nothing is negative (what CPU runtimes are fast on).
     """
 
     scale: float
@@ -62,25 +63,28 @@ class ActivationGrid:
     @property
     def code_min(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1)) if self.signed else 0
+        return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def code_max(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1 if self.signed else self.bits)) - 1
 
 
-def activation_grid(interval: ActivationRange, *, bits: int = 8, signed: bool = False) -> ActivationGrid:
+def activation_grid(
+    interval: ActivationRange, *, bits: int = 8, signed: bool = False
+) -> ActivationGrid:
     """The grid over a range.
 
-    The scale is rounded to float32 first, since that is what the file holds.
+    The scale is rounded to float32 first, since that is what the file holds; a range too narrow for
+    a normal float32 scale gets the smallest one.
     """
     low, high = min(interval.low, 0.0), max(interval.high, 0.0)
-    levels = 2**bits - 1
+    levels = (1 << (bits - 1 if signed else bits)) - 1
+    width = max(-low, high) if signed else high - low
+    scale = max(float(np.float32((width or 1.0) / levels)), _SMALLEST_SCALE)
     if signed:
-        bound = max(-low, high) or 1.0
-        return ActivationGrid(float(np.float32(bound / (2 ** (bits - 1) - 1))), 0, bits, signed=True)
-    scale = float(np.float32(((high - low) or 1.0) / levels))
+        return ActivationGrid(scale, 0, bits, signed=True)
     zero_point = int(np.clip(round(-low / scale), 0, levels))
     return ActivationGrid(scale, zero_point, bits)
 
@@ -92,8 +96,9 @@ class _Extremes:
 
     def add(self, values: Tensor) -> None:
         low, high = torch.aminmax(values)
-        self.low = min(self.low, float(low))
-        self.high = max(self.high, float(high))
+        # Unlike min and max these keep a NaN, which must not go unseen.
+        self.low = float(np.minimum(self.low, float(low)))
+        self.high = float(np.maximum(self.high, float(high)))
 
 
 class _Histogram:
@@ -143,8 +148,8 @@ def grid_error(
 
 def _least_squares(histogram: _Histogram) -> ActivationRange:
     step = (histogram.high - histogram.low) / HISTOGRAM_BINS
-    counts = histogram.counts.numpy()
-    values = histogram.low + step * (np.arange(HISTOGRAM_BINS) + 0.5)
+    counts: npt.NDArray[np.float64] = histogram.counts.numpy()
+    values = histogram.low + step * (np.arange(HISTOGRAM_BINS, dtype=np.float64) + 0.5)
     filled = counts > 0
     values, counts = values[filled], counts[filled]
     full = ActivationRange(min(histogram.low, 0.0), max(histogram.high, 0.0))
@@ -198,8 +203,8 @@ def collect_ranges(
     for name, found in extremes.items():
         if not np.isfinite([found.low, found.high]).all():
             raise CalibrationError(
-                f"the values of '{name}' reach {found.low} to {found.high} on the calibration samples; "
-                "check the pre-processing (scale, mean, std)"
+                f"the values of '{name}' reach {found.low} to {found.high} on the calibration "
+                "samples; check the pre-processing (scale, mean, std)"
             )
     if method is RangeMethod.MIN_MAX:
         return {name: ActivationRange(e.low, e.high) for name, e in extremes.items()}

@@ -6,8 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from obc_deploy.errors import ArtifactError
 from obc_deploy.manifest import ArtifactManifest
 
@@ -72,8 +70,10 @@ def load_artifact(path: Path | str) -> Artifact:
     try:
         manifest = ArtifactManifest.model_validate_json(beside.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ArtifactError(f"'{path}' has no manifest '{beside.name}' beside it; export it again") from error
-    except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"'{path}' has no manifest '{beside.name}' beside it; export it again"
+        ) from error
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"'{beside}' cannot be read ({str(error).splitlines()[0]}); export the model again"
         ) from error

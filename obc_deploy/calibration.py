@@ -44,9 +44,7 @@ class HessianAccumulator:
 
     def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         self._layer = layer
-        self._sum = torch.zeros(
-            layer.groups, layer.cols, layer.cols, dtype=dtype, device=device
-        )
+        self._sum = torch.zeros(layer.groups, layer.cols, layer.cols, dtype=dtype, device=device)
         self._vectors = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -69,8 +67,9 @@ class HessianAccumulator:
         hessian = self._sum * (2.0 / self._vectors)
         if not bool(torch.isfinite(hessian).all()):
             raise CalibrationError(
-                f"the inputs of layer '{name}' are not finite on the calibration samples: the samples "
-                "or the weights before it overflow; check the pre-processing (scale, mean, std)"
+                f"the inputs of layer '{name}' are not finite on the calibration samples: the "
+                "samples or the weights before it overflow; check the pre-processing (scale, mean, "
+                "std)"
             )
         dead = int((hessian.diagonal(dim1=1, dim2=2) == 0).sum())
         return LayerStatistics(
@@ -144,4 +143,3 @@ class _InputWatcher(fx.Interpreter):
             arguments, _ = self.fetch_args_kwargs_from_env(n)
             accumulator.add(arguments[0].detach().float())
         return super().run_node(n)
-

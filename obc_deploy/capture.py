@@ -65,9 +65,29 @@ def _export(model: nn.Module, example: tuple[Tensor, ...], *, dynamic: bool) -> 
         return torch.export.export(model, example, dynamic_shapes=shapes)
 
 
+def _export_any_batch(
+    model: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[ExportedProgram, tuple[Tensor, ...]]:
+    """The program with its batch left open, or of one sample where the model fixes the batch."""
+    pair = tuple(_at_batch(tensor, EXAMPLE_BATCH) for tensor in inputs)
+    one = tuple(tensor[:1] for tensor in inputs)
+    try:
+        program = _export(model, pair, dynamic=True)
+    except Exception as error:
+        try:
+            return _export(model, one, dynamic=False), one
+        except Exception:
+            raise error from None
+    if _has_dynamic_batch(program):
+        return program, pair
+    return _export(model, one, dynamic=False), one
+
+
 def _has_dynamic_batch(program: ExportedProgram) -> bool:
     names = set(program.graph_signature.user_inputs)
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    inputs = [
+        node for node in program.graph.nodes if node.op == "placeholder" and node.name in names
+    ]
     return all(not isinstance(node.meta["val"].shape[0], int) for node in inputs)
 
 
@@ -76,7 +96,9 @@ def _captured(program: ExportedProgram) -> fx.GraphModule:
         warnings.simplefilter("ignore")
         module = program.run_decompositions({}).module(check_guards=False)
     if not isinstance(module, fx.GraphModule):
-        raise ModelError(f"the captured model is a {type(module).__name__}, not a graph; export it anew")
+        raise ModelError(
+            f"the captured model is a {type(module).__name__}, not a graph; export it anew"
+        )
     module.graph.eliminate_dead_code()
     module.recompile()
     for parameter in module.parameters():
@@ -90,10 +112,10 @@ def _reason(error: Exception) -> str:
 
 
 def capture(model: nn.Module | ExportedProgram, example: Sequence[Tensor]) -> Network:
-    """Capture a model with `torch.export` on an example batch, with a dynamic batch where it allows.
+    """Capture a model with `torch.export` on an example batch, its batch left open if it can be.
 
-    The caller's model is left as it is: the captured graph owns copies of its parameters, in
-    evaluation mode.
+    The caller's model is left as it is: the captured graph owns copies of its parameters, as
+    float32, in evaluation mode.
 
     Args:
         model: a module or an exported program (from a `.pt2` file).
@@ -107,33 +129,30 @@ def capture(model: nn.Module | ExportedProgram, example: Sequence[Tensor]) -> Ne
     if isinstance(model, nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = copy.deepcopy(model).cpu().eval()
+            model = copy.deepcopy(model).cpu().float().eval()
         _check_finite(model)
-        pair = tuple(_at_batch(tensor, EXAMPLE_BATCH) for tensor in inputs)
         try:
-            program = _export(model, pair, dynamic=True)
-            if not _has_dynamic_batch(program):
-                inputs = tuple(tensor[:1] for tensor in inputs)
-                program = _export(model, inputs, dynamic=False)
-            else:
-                inputs = pair
+            program, inputs = _export_any_batch(model, inputs)
         except Exception as error:
             raise ModelError(
                 f"torch.export cannot capture {type(model).__name__} on inputs of shape "
                 f"{[tuple(tensor.shape) for tensor in inputs]}: {_reason(error)}; check that the "
-                "input shape fits the model, and rewrite data-dependent Python control flow in forward"
+                "input shape fits the model, and rewrite data-dependent Python control flow in "
+                "forward"
             ) from error
     else:
         program = model
         names = program.graph_signature.user_inputs
         if len(names) != len(inputs):
             raise ModelError(
-                f"the exported program takes {len(names)} inputs ({', '.join(map(str, names))}), the "
-                f"calibration data has {len(inputs)}; name the .npz keys after the inputs"
+                f"the exported program takes {len(names)} inputs ({', '.join(map(str, names))}), "
+                f"the calibration data has {len(inputs)}; name the .npz keys after the inputs"
             )
         batch = EXAMPLE_BATCH
         if not _has_dynamic_batch(program):
-            node = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == names[0])
+            node = next(
+                n for n in program.graph.nodes if n.op == "placeholder" and n.name == names[0]
+            )
             batch = int(node.meta["val"].shape[0])
         inputs = tuple(_at_batch(tensor, batch) for tensor in inputs)
     dynamic = _has_dynamic_batch(program)
@@ -153,8 +172,8 @@ def _check_finite(module: nn.Module) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
-                f"parameter '{name}' has {count} values that are NaN or Inf; load a checkpoint that "
-                "is finite (torch.isfinite finds the first bad one)"
+                f"parameter '{name}' has {count} values that are NaN or Inf; load a checkpoint "
+                "that is finite (torch.isfinite finds the first bad one)"
             )
 
 
@@ -164,7 +183,8 @@ def _check_evaluation(module: fx.GraphModule) -> None:
         training = "batch_norm" in name and "no_training" not in name and "functional" in name
         if training or (name == "aten.batch_norm.default" and node.args[5]):
             raise ModelError(
-                f"'{node.name}' was captured in training mode; call model.eval() before exporting it"
+                f"'{node.name}' was captured in training mode; call model.eval() before "
+                "exporting it"
             )
 
 

@@ -36,8 +36,8 @@ from obc_deploy.layers import (
 )
 from obc_deploy.manifest import Manifest
 from obc_deploy.quantized_network import QuantizedNetwork, quantization_points, quantized_network
-from obc_deploy.schemes import DENSE, Quantization, Scheme, as_scheme
-from obc_deploy.solvers import check_scheme, needs_hessian, solve_problem
+from obc_deploy.schemes import DENSE, Block4, Quantization, Scheme, Unstructured, as_scheme
+from obc_deploy.solvers import check_scheme, needs_hessian, solve_levels
 from obc_deploy.solvers.contract import DEFAULT_DAMPING, CompressedLayer, LayerProblem
 from obc_deploy.solvers.dispatch import torch_device
 from obc_deploy.solvers.staged import quantize_pruned
@@ -182,6 +182,9 @@ class CalibratedModel:
         source: what the user named.
         weights: which weights the user named.
         device: where calibration and solving run.
+        batch_size: samples that run through the network at a time.
+        levels: schemes that will be asked for: one trace of a layer serves all of a kind.
+        pruned: layers pruned so far, by layer, pattern, method, damping and precision.
     """
 
     network: Network
@@ -195,6 +198,10 @@ class CalibratedModel:
     weights: str | None
     device: str
     batch_size: int
+    levels: tuple[Scheme, ...] = ()
+    pruned: dict[tuple[str, str, str | None, float, str], CompressedLayer[Tensor]] = field(
+        default_factory=dict, repr=False
+    )
 
     def hessians(
         self, layers: Sequence[Layer], dtype: torch.dtype, progress: Stage
@@ -228,6 +235,7 @@ def calibrate(
     source: str | None = None,
     weights: str | None = None,
     batch_size: int = DEFAULT_BATCH,
+    levels: Iterable[Scheme | str] = (),
     seed: int = 0,
 ) -> CalibratedModel:
     """Capture a model and hold its calibration samples, for one or many calls of `compress`.
@@ -242,6 +250,7 @@ def calibrate(
         source: the model's name for the manifest.
         weights: the weights' name for the manifest.
         batch_size: samples that run through the network at a time.
+        levels: schemes that will be asked for later; layers are then pruned to all of them at once.
         seed: of the choice of samples.
 
     Raises:
@@ -281,6 +290,7 @@ def calibrate(
         weights,
         place,
         batch_size,
+        tuple(as_scheme(level) for level in levels),
     )
 
 
@@ -546,6 +556,36 @@ class _Work:
             name=layer.name,
         )
 
+    def _pruned(
+        self,
+        layer: Layer,
+        matrix: Tensor,
+        pattern: Scheme,
+        statistics: Mapping[str, LayerStatistics],
+        report: Callable[[float], None],
+    ) -> CompressedLayer[Tensor]:
+        """The pruned layer, with all other levels of its kind that were announced."""
+
+        def key(scheme: Scheme) -> tuple[str, str, str | None, float, str]:
+            return (layer.name, str(scheme), self.method, self.damping, self.dtype)
+
+        known = self.calibrated.pruned
+        if key(pattern) not in known:
+            announced = {Scheme(level.pattern, None) for level in self.calibrated.levels}
+            levels = [pattern] + [
+                level
+                for level in announced
+                if level != pattern
+                and isinstance(level.pattern, Unstructured | Block4)
+                and type(level.pattern) is type(pattern.pattern)
+            ]
+            solved = solve_levels(
+                self._problem(layer, matrix, statistics), levels, method=self.method,
+                dtype=self.dtype, device=self.calibrated.device, progress=report,
+            )  # fmt: skip
+            known.update({key(level): form for level, form in zip(levels, solved, strict=True)})
+        return known[key(pattern)]
+
     def _codes(
         self,
         problem: LayerProblem,
@@ -584,10 +624,7 @@ class _Work:
                     scheme, matrix.clone(), mask, None, None, None, 0.0, self.method or "exact_obs"
                 )
             else:
-                solved = solve_problem(
-                    self._problem(layer, matrix, statistics), pattern, method=self.method,
-                    dtype=self.dtype, device=self.calibrated.device, progress=report,
-                )  # fmt: skip
+                solved = self._pruned(layer, matrix, pattern, statistics, report)
                 forms[layer.name] = replace(solved, scheme=scheme)
                 _set_weight(network, layer, solved.weight)
             done += share

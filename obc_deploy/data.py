@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +48,13 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
             raise CalibrationError(
-                f"pre-processing has {len(self.mean)} means and {len(self.std)} standard deviations; "
-                "give one of each a channel"
+                f"pre-processing has {len(self.mean)} means and {len(self.std)} standard "
+                "deviations; give one of each a channel"
             )
         if any(value <= 0 for value in self.std):
-            raise CalibrationError(f"pre-processing divides by std {self.std}; all must be positive")
+            raise CalibrationError(
+                f"pre-processing divides by std {self.std}; all must be positive"
+            )
 
     def apply(self, images: Array) -> Array:
         """The float32 input of (batch, channels, ...) images.
@@ -111,7 +115,9 @@ class Samples:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise CalibrationError(f"'{self.source}' holds no input arrays")
-        counts = {name: int(array.shape[0]) if array.ndim else 0 for name, array in self.inputs.items()}
+        counts = {
+            name: int(array.shape[0]) if array.ndim else 0 for name, array in self.inputs.items()
+        }
         if min(counts.values()) == 0:
             raise CalibrationError(f"'{self.source}' is empty: give at least one sample")
         if len(set(counts.values())) > 1:
@@ -123,6 +129,10 @@ class Samples:
                 f"'{self.source}' has {len(self)} samples and {len(self.labels)} labels"
             )
         for name, array in self.inputs.items():
+            if array.dtype.kind not in "fuib":
+                raise CalibrationError(
+                    f"input '{name}' in '{self.source}' holds {array.dtype} values; give numbers"
+                )
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 bad = int(np.flatnonzero(~np.isfinite(array.reshape(len(self), -1)).all(axis=1))[0])
                 raise CalibrationError(
@@ -182,6 +192,10 @@ class Batches:
     size: int
     exact: bool = False
 
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise CalibrationError(f"batch size {self.size}: give 1 or more")
+
     def __len__(self) -> int:
         count = len(self.samples)
         return count // self.size if self.exact else -(-count // self.size)
@@ -209,8 +223,8 @@ def _from_mapping(
         inputs = {known[0]: inputs[known[0]]}
     if not inputs:
         raise CalibrationError(
-            f"'{source}' holds the keys {sorted(mapping)} and none is an array of samples; name one "
-            f"of them {INPUT_KEYS[0]!r}, or after the network's inputs"
+            f"'{source}' holds the keys {sorted(mapping)} and none is an array of samples; name "
+            f"one of them {INPUT_KEYS[0]!r}, or after the network's inputs"
         )
     if labels is not None:
         labels = labels.astype(np.int64)
@@ -237,7 +251,9 @@ def _from_folder(
             with Image.open(path) as opened:
                 picture = opened.convert("RGB")
         except OSError as error:
-            raise CalibrationError(f"cannot read picture '{path}': {error}; remove or replace it") from error
+            raise CalibrationError(
+                f"cannot read picture '{path}': {error}; remove or replace it"
+            ) from error
         if images.resize is not None:
             factor = images.resize / min(picture.size)
             width, height = (max(1, round(side * factor)) for side in picture.size)
@@ -259,6 +275,12 @@ def _from_folder(
     return Samples({"images": np.stack(arrays)}, labels, preprocessing or IMAGENET, str(folder))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, short enough for one line of ours."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:200]
+
+
 def call_factory(spec: str, what: str) -> Any:
     """Import `package.module:factory` and return what it is or, where callable, what it returns.
 
@@ -268,13 +290,20 @@ def call_factory(spec: str, what: str) -> Any:
     module_name, _, attribute = spec.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise CalibrationError(
             f"cannot import '{module_name}' for {what} '{spec}': {error}; is it on PYTHONPATH?"
         ) from error
     except AttributeError as error:
-        raise CalibrationError(f"module '{module_name}' has no '{attribute}' for {what} '{spec}'") from error
-    return factory() if callable(factory) else factory
+        raise CalibrationError(
+            f"module '{module_name}' has no '{attribute}' for {what} '{spec}'"
+        ) from error
+    try:
+        return factory() if callable(factory) else factory
+    except Exception as error:
+        raise CalibrationError(
+            f"{what} '{spec}' failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def as_samples(
@@ -283,8 +312,8 @@ def as_samples(
     """Samples from what a Python caller has at hand.
 
     Args:
-        data: Samples; an array or tensor of inputs; an `(inputs, labels)` pair; a mapping of arrays;
-            or an iterable (a DataLoader) of batches, each one of these.
+        data: Samples; an array or tensor of inputs; an `(inputs, labels)` pair; a mapping of
+            arrays; or an iterable (a DataLoader) of batches, each one of these.
         preprocessing: for uint8 inputs.
         source: a name for messages.
 
@@ -305,14 +334,14 @@ def as_samples(
         if isinstance(data, tuple) and labelled:
             return Samples({"images": first}, rest[0].astype(np.int64), preprocessing, source)
         if isinstance(data, list):
-            return Samples({"images": np.concatenate([first, *rest])}, None, preprocessing, source)
+            return _from_batches(data, source, preprocessing)
         arrays = {f"input_{i}": array for i, array in enumerate((first, *rest))}
         return Samples(arrays, None, preprocessing, source)
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterable) and not isinstance(data, bytes):
         return _from_batches(data, source, preprocessing)
     raise CalibrationError(
-        f"'{source}' is a {type(data).__name__}; give arrays, an (inputs, labels) pair, a mapping of "
-        "arrays, or a loader of such batches"
+        f"'{source}' is a {type(data).__name__}; give arrays, an (inputs, labels) pair, a mapping "
+        "of arrays, or a loader of such batches"
     )
 
 
@@ -330,7 +359,7 @@ def _from_batches(
     parts = [
         as_samples(
             {"images": _array(batch)} if _is_array(batch)
-            else tuple(batch) if isinstance(batch, Sequence)
+            else tuple(batch) if isinstance(batch, list | tuple)
             else batch,
             preprocessing=preprocessing,
             source=source,
@@ -339,6 +368,13 @@ def _from_batches(
     ]  # fmt: skip
     if not parts:
         raise CalibrationError(f"'{source}' is empty: give at least one batch")
+    shapes = [{name: array.shape[1:] for name, array in part.inputs.items()} for part in parts]
+    odd = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is not None:
+        raise CalibrationError(
+            f"batch {odd} of '{source}' has samples of shape {shapes[odd]}, batch 0 of {shapes[0]}; "
+            "give samples of one shape"
+        )
     labels = [part.labels for part in parts if part.labels is not None]
     return Samples(
         {name: np.concatenate([part.inputs[name] for part in parts]) for name in parts[0].inputs},
@@ -346,6 +382,19 @@ def _from_batches(
         preprocessing,
         source,
     )
+
+
+def _read_numpy(path: Path) -> Array | dict[str, Array]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CalibrationError(
+            f"cannot read '{path}': {first_line(error)}; save it anew with numpy"
+        ) from error
 
 
 def load_samples(
@@ -375,14 +424,9 @@ def load_samples(
     if path.suffix in {".npz", ".npy"}:
         if not path.is_file():
             raise CalibrationError(f"no file '{spec}'; give the path of an .npz or .npy file")
-        try:
-            loaded = np.load(path, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return Samples({"images": loaded}, None, preprocessing, spec).take(limit, seed)
-            with loaded:
-                arrays = {name: loaded[name] for name in loaded.files}
-        except (ValueError, OSError, EOFError) as error:
-            raise CalibrationError(f"cannot read '{spec}': {error}; save it anew with numpy") from error
+        arrays = _read_numpy(path)
+        if isinstance(arrays, np.ndarray):
+            return Samples({"images": arrays}, None, preprocessing, spec).take(limit, seed)
         return _from_mapping(arrays, spec, preprocessing).take(limit, seed)
     if ":" in spec:
         made = call_factory(spec, "calibration data")

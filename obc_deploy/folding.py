@@ -3,8 +3,8 @@
     g  = gamma / sqrt(var + eps)
     W' = g W        b' = g (b - mean) + beta        scale' = |g| scale
 
-Rows of W are multiplied by one number each, so a row's codes stay what the solver made them and only
-its scale changes; where g is negative the codes are mirrored, so that scales stay positive.
+Rows of W are multiplied by one number each, so a row's codes stay what the solver made them and
+only its scale changes; where g is negative the codes are mirrored, so that scales stay positive.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def _folds(norm: BatchNorm, sites: Mapping[str, Layer]) -> Layer | None:
     return layer
 
 
-def _fold_codes(
-    compressed: CompressedLayer[Tensor], factor: Tensor
-) -> CompressedLayer[Tensor]:
+def _fold_codes(compressed: CompressedLayer[Tensor], factor: Tensor) -> CompressedLayer[Tensor]:
     gain = factor.abs().unsqueeze(1)
     weight = compressed.weight * factor.unsqueeze(1)
     if compressed.codes is None or compressed.scale is None or compressed.zero_point is None:
@@ -79,7 +77,9 @@ def _fold_codes(
         return replace(compressed, weight=weight)
     mirror = quantization.code_min + quantization.code_max
     negative = (factor < 0).unsqueeze(1)
-    codes = torch.where(negative, (mirror - compressed.codes.int()).to(torch.int8), compressed.codes)
+    codes = torch.where(
+        negative, (mirror - compressed.codes.int()).to(torch.int8), compressed.codes
+    )
     zero = torch.where(
         negative, (mirror - compressed.zero_point.int()).to(torch.int8), compressed.zero_point
     )
@@ -87,11 +87,11 @@ def _fold_codes(
     # A channel that batch norm switches off keeps a usable grid: all its codes are exact zero.
     off = factor == 0
     scale[off] = 1.0
-    codes[off] = zero[off].expand_as(codes[off]) if zero.shape[1] == 1 else codes[off]
     step = codes.shape[1] // scale.shape[1]
-    dequantized = (codes.float() - zero.repeat_interleave(step, 1).float()) * scale.repeat_interleave(
-        step, 1
-    )
+    codes[off] = zero[off].repeat_interleave(step, 1)
+    dequantized = (
+        codes.float() - zero.repeat_interleave(step, 1).float()
+    ) * scale.repeat_interleave(step, 1)
     return replace(compressed, weight=dequantized, codes=codes, zero_point=zero, scale=scale)
 
 

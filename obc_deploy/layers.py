@@ -161,6 +161,7 @@ def _read_layer(node: fx.Node, kind: LayerKind, weight: Tensor, weight_name: str
 def find_layers(network: Network) -> tuple[list[Layer], list[UnsupportedLayer]]:
     """The compressible layers in execution order, and every other operator that holds weights.
 
+    A weight that a layer shares with another kind of operator is among the latter: it stays dense.
     MACs are those of one sample, from the shapes seen on the network's example.
     """
     module = network.module
@@ -175,6 +176,15 @@ def find_layers(network: Network) -> tuple[list[Layer], list[UnsupportedLayer]]:
             layer = _read_layer(node, kind, get_tensor(module, weight_name), weight_name)
             known = layers.get(layer.name)
             if known is not None:
+                same = replace(
+                    layer, call_sites=known.call_sites, bias_name=known.bias_name
+                )
+                if same != known:
+                    unsupported[layer.name] = UnsupportedLayer(
+                        layer.name,
+                        str(node.target),
+                        "its weight is used with several strides, paddings or dilations: left dense",
+                    )
                 layer = replace(known, call_sites=(*known.call_sites, node.name))
             layers[layer.name] = layer
             continue
@@ -189,7 +199,8 @@ def find_layers(network: Network) -> tuple[list[Layer], list[UnsupportedLayer]]:
                 unsupported[owner] = UnsupportedLayer(
                     owner, operator_name, f"{operator_name} is no Linear or convolution: left dense"
                 )
-    return _with_macs(network, list(layers.values())), list(unsupported.values())
+    found = [layer for name, layer in layers.items() if name not in unsupported]
+    return _with_macs(network, found), list(unsupported.values())
 
 
 def _with_macs(network: Network, layers: list[Layer]) -> list[Layer]:
@@ -204,7 +215,8 @@ def _with_macs(network: Network, layers: list[Layer]) -> list[Layer]:
         if layer.kind is LayerKind.CONV_TRANSPOSE2D:
             # Every input value meets every weight of its input channel once.
             source = node.args[0]
-            numel = inputs[source.name].numel() * math.prod(layer.weight_shape[1:])  # type: ignore[union-attr]
+            assert isinstance(source, fx.Node)
+            numel = inputs[source.name].numel() * math.prod(layer.weight_shape[1:])
         else:
             numel = value.numel() * layer.cols  # type: ignore[attr-defined]
         macs[layer.name] += numel // batch
@@ -217,7 +229,9 @@ def _with_macs(network: Network, layers: list[Layer]) -> list[Layer]:
             inputs[node.name] = value
 
     for node, tensor in zip(
-        (n for n in network.module.graph.nodes if n.op == "placeholder"), network.example, strict=True
+        (n for n in network.module.graph.nodes if n.op == "placeholder"),
+        network.example,
+        strict=True,
     ):
         inputs[node.name] = tensor
     device = next((p.device for p in network.module.parameters()), torch.device("cpu"))
@@ -233,11 +247,17 @@ def select_layers(layers: Sequence[Layer], pattern: str) -> list[Layer]:
         LayerError: nothing matches.
     """
     found = [
-        layer for layer in layers if layer.name == pattern or fnmatch.fnmatchcase(layer.name, pattern)
+        layer
+        for layer in layers
+        if layer.name == pattern or fnmatch.fnmatchcase(layer.name, pattern)
     ]
     if not found:
         names = ", ".join(layer.name for layer in layers[:8])
-        more = f", ... ({len(layers)} in all; 'obc-deploy inspect' lists them)" if len(layers) > 8 else ""
+        more = (
+            f", ... ({len(layers)} in all; 'obc-deploy inspect' lists them)"
+            if len(layers) > 8
+            else ""
+        )
         raise LayerError(f"no layer matches '{pattern}'; the layers are {names}{more}")
     return found
 
@@ -262,19 +282,26 @@ def matrix_to_weight(layer: Layer, matrix: Tensor) -> Tensor:
         outputs = layer.weight_shape[1]
         grouped = matrix.reshape(layer.groups, outputs, *kernel, layer.channels)
         weight = grouped.permute(0, 4, 1, 2, 3).reshape(layer.weight_shape)
-        return weight.flip(2, 3).contiguous()
-    return matrix.reshape(layer.rows, *kernel, layer.channels).movedim(-1, 1).contiguous()
+        return weight.flip(2, 3).clone(memory_format=torch.contiguous_format)
+    # A 1x1 kernel counts as contiguous either way round; only a clone has the strides of a plain
+    # weight, without which the convolution's output would be laid out channels last.
+    weight = matrix.reshape(layer.rows, *kernel, layer.channels).movedim(-1, 1)
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _dilate(inputs: Tensor, stride: Sequence[int]) -> Tensor:
-    """Put `stride - 1` zeros between neighbouring pixels: what a transposed convolution slides over."""
+    """Put `stride - 1` zeros between pixels: what a transposed convolution slides over."""
     batch, channels, height, width = inputs.shape
-    spread = inputs.new_zeros(batch, channels, (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1)
+    spread = inputs.new_zeros(
+        batch, channels, (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1
+    )
     spread[:, :, :: stride[0], :: stride[1]] = inputs
     return spread
 
 
-def _as_convolution(layer: Layer, inputs: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+def _as_convolution(
+    layer: Layer, inputs: Tensor
+) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
     """Input planes padded so that a plain strided convolution over them computes the layer.
 
     Returns (planes (n, channels, height, width), stride, dilation), all two-dimensional.

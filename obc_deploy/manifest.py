@@ -16,11 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from obc_deploy.errors import RunDirectoryError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "manifest.json"
 
 
@@ -144,7 +144,15 @@ class ArtifactManifest(_Part):
 def versions() -> dict[str, str]:
     """Versions of this package and of what its results depend on."""
     found = {"python": platform.python_version()}
-    for package in ("obc-deploy", "torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "numpy"):
+    for package in (
+        "obc-deploy",
+        "torch",
+        "torchvision",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "numpy",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -193,9 +201,10 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunDirectoryError(
-            f"'{folder}' is no run directory: it has no {FILE_NAME}; make one with 'obc-deploy compress'"
+            f"'{folder}' is no run directory: it has no {FILE_NAME}; make one with "
+            "'obc-deploy compress'"
         ) from error
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise RunDirectoryError(
             f"'{path}' cannot be read ({first}); compress the model again"

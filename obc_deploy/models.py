@@ -1,8 +1,8 @@
 """Models: what a user names becomes a PyTorch module.
 
-    torchvision:NAME          with weights from a file, a torchvision weights name, or none
-    package.module:factory    any callable that returns a module
-    path/to/model.pt2         a program saved by torch.export.save
+torchvision:NAME          with weights from a file, a torchvision weights name, or none
+package.module:factory    any callable that returns a module
+path/to/model.pt2         a program saved by torch.export.save
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obc_deploy.data import first_line
 from obc_deploy.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
+
+
+CHECKPOINT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar"})
 
 
 def _state_dict(path: Path) -> dict[str, Any]:
@@ -32,10 +36,17 @@ def _state_dict(path: Path) -> dict[str, Any]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ModelError(f"cannot read checkpoint '{path}': {error}") from error
+        raise ModelError(
+            f"cannot read checkpoint '{path}': {first_line(error)}; save its state_dict anew"
+        ) from error
     for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ModelError(
+            f"checkpoint '{path}' holds a {type(state).__name__} that is no state_dict of tensors; "
+            "save model.state_dict()"
+        )
     return {
         name.removeprefix("module."): tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in state.items()
@@ -50,12 +61,14 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """
     state = _state_dict(path)
     own = model.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    missing = [
+        name for name in own if name not in state and not name.endswith("num_batches_tracked")
+    ]
     extra = [name for name in state if name not in own]
     if missing or extra:
         raise ModelError(
-            f"checkpoint '{path}' does not fit {type(model).__name__}: {len(missing)} tensors missing"
-            f"{f' (first {missing[0]!r})' if missing else ''}, {len(extra)} unknown"
+            f"checkpoint '{path}' does not fit {type(model).__name__}: {len(missing)} tensors "
+            f"missing{f' (first {missing[0]!r})' if missing else ''}, {len(extra)} unknown"
             f"{f' (first {extra[0]!r})' if extra else ''}"
         )
     wrong = [name for name in state if state[name].shape != own[name].shape]
@@ -79,7 +92,7 @@ def _from_torchvision(name: str, weights: str | None) -> nn.Module:
         raise ModelError(f"torchvision has no model '{name}'{hint}")
     named: Any = None
     path = Path(weights) if weights and weights.lower() != "none" else None
-    if path is not None and not path.suffix:
+    if path is not None and not path.is_file() and path.suffix not in CHECKPOINT_SUFFIXES:
         options = models.get_model_weights(name)
         member = str(path).rpartition(".")[2]
         if member not in options.__members__:
@@ -95,7 +108,11 @@ def _from_torchvision(name: str, weights: str | None) -> nn.Module:
     state_classes = None
     if path is not None:
         state = _state_dict(path)
-        heads = [t for n, t in state.items() if n.endswith(("fc.weight", "classifier.weight")) or n.startswith("classifier.")]
+        heads = [
+            t
+            for n, t in state.items()
+            if n.endswith(("fc.weight", "classifier.weight")) or n.startswith("classifier.")
+        ]
         heads = [t for t in heads if t.dim() == 2]
         state_classes = int(heads[-1].shape[0]) if heads else None
     if state_classes is not None:
@@ -103,7 +120,9 @@ def _from_torchvision(name: str, weights: str | None) -> nn.Module:
     try:
         model: nn.Module = models.get_model(name, weights=named, **keywords)
     except Exception as error:
-        raise ModelError(f"torchvision cannot build '{name}' with weights '{weights}': {error}") from error
+        raise ModelError(
+            f"torchvision cannot build '{name}' with weights '{weights}': {first_line(error)}"
+        ) from error
     return load_weights(model, path) if path is not None else model
 
 
@@ -132,7 +151,7 @@ def load_model(spec: str, *, weights: str | None = None) -> nn.Module | Exported
             return torch.export.load(spec)
         except Exception as error:
             raise ModelError(
-                f"cannot read '{spec}' as an exported program: {str(error).splitlines()[0][:200]}; "
+                f"cannot read '{spec}' as an exported program: {first_line(error)}; "
                 "write it with torch.export.save"
             ) from error
     if ":" not in spec:
@@ -142,11 +161,18 @@ def load_model(spec: str, *, weights: str | None = None) -> nn.Module | Exported
     module_name, _, attribute = spec.partition(":")
     try:
         made = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise ModelError(f"cannot import '{module_name}' for '{spec}': {error}; is it on PYTHONPATH?") from error
+    except (ImportError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"cannot import '{module_name}' for '{spec}': {error}; is it on PYTHONPATH?"
+        ) from error
     except AttributeError as error:
         raise ModelError(f"module '{module_name}' has no '{attribute}'") from error
-    model = made if isinstance(made, nn.Module) else made()
+    try:
+        model = made() if callable(made) and not isinstance(made, nn.Module) else made
+    except Exception as error:
+        raise ModelError(
+            f"'{spec}' failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"'{spec}' gave a {type(model).__name__}, not a torch.nn.Module")
     if weights and weights.lower() != "none":

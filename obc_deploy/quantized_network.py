@@ -1,4 +1,4 @@
-"""The quantized network: quantizers placed in the graph, simulated in PyTorch, exported as they are.
+"""The quantized network: quantizers placed in a graph, simulated in PyTorch, exported as they are.
 
 Two operators stand for ONNX's QuantizeLinear/DequantizeLinear, with its arithmetic (divide in
 float32, round half to even, saturate). The graph that PyTorch runs for accuracy is the very graph
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from obc_deploy.activations import ActivationGrid, ActivationRange, activation_grid
-from obc_deploy.capture import Network, get_tensor, set_tensor
+from obc_deploy.capture import Network, get_tensor, parameter_name, set_tensor
 from obc_deploy.errors import ExportError
 from obc_deploy.layers import Layer, LayerKind, matrix_to_weight
 from obc_deploy.solvers.contract import CompressedLayer
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 def quantize_dequantize(
     values: Tensor, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int
 ) -> Tensor:
-    """(clamp(round(x / scale) + zero_point) - zero_point) * scale: a tensor on its grid, as float32."""
+    """(clamp(round(x / scale) + zero_point) - zero_point) * scale: a tensor on its grid."""
     zero = zero_point.to(torch.float32)
     codes = torch.clamp(torch.round(values / scale) + zero, code_min, code_max)
     return (codes - zero) * scale
@@ -60,7 +60,9 @@ _CONCATS = frozenset({aten.cat.default})
 _AVERAGE_POOLS = frozenset(
     {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.mean.dim}
 )
-_RECTIFIERS = frozenset({aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.relu6.default})
+_RECTIFIERS = frozenset(
+    {aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.relu6.default}
+)
 _SAME_VALUES = frozenset(
     {
         aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
@@ -94,13 +96,16 @@ class _Plan:
     grids: dict[str, ActivationGrid] = field(default_factory=dict)
     everywhere: set[str] = field(default_factory=set)
     consumers: dict[str, set[str]] = field(default_factory=dict)
-    int8_sites: set[str] = field(default_factory=set)
 
 
 def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
     if node.target in _CONCATS:
         items = node.args[0]
-        return [item for item in items if isinstance(item, fx.Node)] if isinstance(items, list | tuple) else []
+        return (
+            [item for item in items if isinstance(item, fx.Node)]
+            if isinstance(items, list | tuple)
+            else []
+        )
     return [argument for argument in node.args if isinstance(argument, fx.Node)]
 
 
@@ -117,14 +122,18 @@ def rectified(node: fx.Node) -> fx.Node:
     if user.target not in _RECTIFIERS:
         return node
     if user.target in {aten.hardtanh.default, aten.clamp.default}:
-        low = user.args[1] if len(user.args) > 1 else (-1.0 if user.target is aten.hardtanh.default else None)
+        low = (
+            user.args[1]
+            if len(user.args) > 1
+            else (-1.0 if user.target is aten.hardtanh.default else None)
+        )
         if low is None or low != 0:
             return node
     return user
 
 
 def quantization_points(network: Network, layers: Sequence[Layer]) -> list[str]:
-    """Names of all graph values that some target may want on a grid: what ranges are collected for."""
+    """Names of all graph values that some target may want on a grid, to collect ranges for."""
     sites = {site for layer in layers for site in layer.call_sites}
     points: dict[str, None] = {}
     for node in network.module.graph.nodes:
@@ -168,17 +177,17 @@ def _place(
         plan.grids[out.name] = grid_of(out, bits)
         plan.everywhere.add(out.name)
 
+    wanted_bits = _wanted_bits(network, {site: sites[site].name for site in sites}, int8)
     for node in network.module.graph.nodes:
         if node.op != "call_function":
             continue
         layer = sites.get(node.name)
         if layer is not None:
             if layer.name in int8:
-                bits = int8[layer.name]
-                read(node.args[0], node, bits)
-                plan.int8_sites.add(node.name)
+                source = node.args[0]
+                read(source, node, wanted_bits[source.name])
                 if layer.kind is not LayerKind.LINEAR or placement.linear_output:
-                    write(node, bits)
+                    write(node, wanted_bits.get(rectified(node).name, int8[layer.name]))
             continue
         inputs = _tensor_inputs(node)
         if not inputs or any(source.name not in plan.grids for source in inputs):
@@ -192,22 +201,46 @@ def _place(
             bits = max(plan.grids[source.name].bits for source in inputs)
             for source in inputs:
                 read(source, node, bits)
-            write(node, bits)
+            write(node, wanted_bits.get(rectified(node).name, bits))
         elif node.target in _SAME_VALUES and inputs[0].name in plan.everywhere:
             plan.grids[node.name] = plan.grids[inputs[0].name]
             plan.everywhere.add(node.name)
     return plan
 
 
+def _wanted_bits(
+    network: Network, sites: Mapping[str, str], int8: Mapping[str, int]
+) -> dict[str, int]:
+    """Bits of each value that int8 layers read, directly or through other operators.
+
+    Where the readers of a value want it in different bits it gets the most of them.
+    """
+    wanted: dict[str, int] = {}
+    passing = _ADDS | _CONCATS | _AVERAGE_POOLS | _SAME_VALUES | _RECTIFIERS
+    for node in reversed(network.module.graph.nodes):
+        asked = []
+        for user in node.users:
+            layer = sites.get(user.name)
+            if layer is not None and layer in int8 and user.args[0] is node:
+                asked.append(int8[layer])
+            elif user.target in passing and user.name in wanted:
+                asked.append(wanted[user.name])
+        if asked:
+            wanted[node.name] = max(asked)
+    return wanted
+
+
 def _pools_planes(node: fx.Node) -> bool:
     """Whether a pool or mean reduces exactly the two spatial axes of (n, c, h, w)."""
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(node.args[1]) == [1, 1]  # type: ignore[arg-type]
     if node.target is not aten.mean.dim:
-        return node.target is not aten.adaptive_avg_pool2d.default or list(node.args[1]) == [1, 1]  # type: ignore[arg-type]
+        return True
     value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
     axes = node.args[1]
     if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(axes, list | tuple):
         return False
-    return sorted(int(a) % 4 for a in axes) == [2, 3]  # type: ignore[call-overload, arg-type]
+    return sorted(int(a) % 4 for a in axes) == [2, 3]  # type: ignore[arg-type]
 
 
 def _quantizers(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
@@ -215,10 +248,10 @@ def _quantizers(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
     return torch.tensor(grid.scale, dtype=torch.float32), torch.tensor(grid.zero_point, dtype=dtype)
 
 
-def _bias_codes(
-    bias: Tensor, form: CompressedLayer[Tensor], input_scale: float
-) -> tuple[Tensor, Tensor, CompressedLayer[Tensor]]:
-    """int32 codes of a bias at scale input_scale * weight scale, and the weight form they fit.
+def _fitting_biases(
+    form: CompressedLayer[Tensor], bias: Tensor, input_scale: float
+) -> CompressedLayer[Tensor]:
+    """The form, with scales large enough for its biases to fit int32 at input_scale * scale.
 
     A channel whose weights are all zero may have any scale, and one whose weights are so small that
     the bias would not fit int32 contributes less than a rounding step: both get a scale that fits.
@@ -228,15 +261,19 @@ def _bias_codes(
     assert form.zero_point is not None
     scale = form.scale[:, 0].double()
     least = bias.double().abs() / (input_scale * 2.0**29)
-    codes, weight = form.codes, form.weight
     small = scale < least
-    if bool(small.any()):
-        scale = torch.where(small, torch.clamp(least, min=torch.finfo(torch.float32).tiny), scale)
-        codes = torch.where(small[:, None], form.zero_point.expand_as(codes), codes)
-        weight = torch.where(small[:, None], torch.zeros_like(weight), weight)
-    bias_scale = (scale.float() * torch.tensor(input_scale, dtype=torch.float32)).clamp(min=1e-38)
-    bias_codes = torch.round(bias.double() / bias_scale.double()).to(torch.int32)
-    return bias_codes, bias_scale, replace(form, codes=codes, weight=weight, scale=scale.float()[:, None])
+    if not bool(small.any()):
+        return form
+    scale = torch.where(small, torch.clamp(least, min=torch.finfo(torch.float32).tiny), scale)
+    codes = torch.where(small[:, None], form.zero_point.expand_as(form.codes), form.codes)
+    weight = torch.where(small[:, None], torch.zeros_like(form.weight), form.weight)
+    return replace(form, codes=codes, weight=weight, scale=scale.float()[:, None])
+
+
+def _bias_codes(bias: Tensor, scale: Tensor, input_scale: float) -> tuple[Tensor, Tensor]:
+    """int32 codes of a bias and their scale, input_scale * weight scale, as integer kernels want."""
+    bias_scale = (scale * torch.tensor(input_scale, dtype=torch.float32)).clamp(min=1e-38)
+    return torch.round(bias.double() / bias_scale.double()).to(torch.int32), bias_scale
 
 
 def _constant(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
@@ -281,13 +318,7 @@ def quantized_network(
     plan = _place(copied, layers, int8, ranges, placement)
     nodes = {node.name: node for node in module.graph.nodes}
     by_name = {layer.name: layer for layer in layers}
-    input_scales = {
-        layer.name: plan.grids[nodes[site].args[0].name].scale  # type: ignore[union-attr]
-        for layer in layers
-        if layer.name in int8
-        for site in layer.call_sites
-    }
-    _insert_weights(module, nodes, by_name, forms, int8, input_scales)
+    _insert_weights(module, nodes, by_name, forms, int8, plan)
     _insert_activations(module, nodes, plan)
     module.graph.lint()
     module.recompile()
@@ -300,57 +331,79 @@ def _insert_weights(
     layers: Mapping[str, Layer],
     forms: Mapping[str, CompressedLayer[Tensor]],
     int8: Mapping[str, int],
-    input_scales: Mapping[str, float],
+    plan: _Plan,
 ) -> None:
     for name, layer in layers.items():
         form = forms.get(name)
         if form is None or form.codes is None or form.scale is None or form.zero_point is None:
             continue
-        if form.scale.shape[1] > 1:
-            # Several scales a row have no form in these opsets: the exact float values are written.
+        grouped = layer.kind is LayerKind.CONV_TRANSPOSE2D and layer.groups > 1
+        if form.scale.shape[1] > 1 or grouped:
+            # Several scales a row, or rows along two axes, have no form in this operator set: the
+            # exact float values are written.
             set_tensor(module, layer.weight_name, matrix_to_weight(layer, form.weight))
             continue
-        first = nodes[layer.call_sites[0]]
-        with module.graph.inserting_before(first):
-            bias_node = None
-            if name in int8 and layer.bias_name is not None:
-                bias = get_tensor(module, layer.bias_name)
-                codes, scale, form = _bias_codes(bias, form, input_scales[name])
-                bias_node = module.graph.call_function(
-                    DEQUANTIZE,
-                    (
-                        _constant(module, f"{name}.bias_codes", codes),
-                        _constant(module, f"{name}.bias_scale", scale),
-                        _constant(module, f"{name}.bias_zero_point", torch.zeros_like(codes)),
-                        0,
-                    ),
-                )
-            if layer.kind is LayerKind.CONV_TRANSPOSE2D and layer.groups > 1:
-                set_tensor(module, layer.weight_name, matrix_to_weight(layer, form.weight))
-                continue
-            assert form.codes is not None
-            assert form.scale is not None
-            assert form.zero_point is not None
+        biases: dict[str, tuple[Tensor, float]] = {}
+        for site in layer.call_sites if name in int8 else ():
+            source, bias_name = nodes[site].args[0], _bias_name(nodes[site])
+            assert isinstance(source, fx.Node)
+            if bias_name is not None:
+                biases[site] = get_tensor(module, bias_name), plan.grids[source.name].scale
+        for bias, input_scale in biases.values():
+            form = _fitting_biases(form, bias, input_scale)
+        assert form.codes is not None
+        assert form.scale is not None
+        assert form.zero_point is not None
+        scale = form.scale[:, 0].contiguous()
+        with module.graph.inserting_before(nodes[layer.call_sites[0]]):
             weight_node = module.graph.call_function(
                 DEQUANTIZE,
                 (
                     _constant(module, f"{name}.weight_codes", matrix_to_weight(layer, form.codes)),
-                    _constant(module, f"{name}.weight_scale", form.scale[:, 0].contiguous()),
-                    _constant(module, f"{name}.weight_zero_point", form.zero_point[:, 0].contiguous()),
+                    _constant(module, f"{name}.weight_scale", scale),
+                    _constant(
+                        module, f"{name}.weight_zero_point", form.zero_point[:, 0].contiguous()
+                    ),
                     1 if layer.kind is LayerKind.CONV_TRANSPOSE2D else 0,
                 ),
             )
-        for site in layer.call_sites:
+        for index, site in enumerate(layer.call_sites):
             arguments = list(nodes[site].args)
             arguments[1] = weight_node
-            if bias_node is not None:
-                arguments[2] = bias_node
+            if site in biases:
+                # Each use of a shared weight has an input scale, so a bias scale, of its own.
+                arguments[2] = _insert_bias(
+                    module, nodes[site], f"{name}.bias{index or ''}", *biases[site], scale
+                )
             nodes[site].args = tuple(arguments)
 
 
-def _insert_activations(
-    module: fx.GraphModule, nodes: Mapping[str, fx.Node], plan: _Plan
-) -> None:
+def _bias_name(site: fx.Node) -> str | None:
+    return parameter_name(site.args[2]) if len(site.args) > 2 else None
+
+
+def _insert_bias(
+    module: fx.GraphModule,
+    site: fx.Node,
+    name: str,
+    bias: Tensor,
+    input_scale: float,
+    scale: Tensor,
+) -> fx.Node:
+    codes, bias_scale = _bias_codes(bias, scale, input_scale)
+    with module.graph.inserting_before(site):
+        return module.graph.call_function(
+            DEQUANTIZE,
+            (
+                _constant(module, f"{name}_codes", codes),
+                _constant(module, f"{name}_scale", bias_scale),
+                _constant(module, f"{name}_zero_point", torch.zeros_like(codes)),
+                0,
+            ),
+        )
+
+
+def _insert_activations(module: fx.GraphModule, nodes: Mapping[str, fx.Node], plan: _Plan) -> None:
     for name, grid in plan.grids.items():
         source = nodes[name]
         readers = plan.consumers.get(name, set())

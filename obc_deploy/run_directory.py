@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from obc_deploy.activations import ActivationRange
-from obc_deploy.data import Preprocessing, Samples
+from obc_deploy.data import Preprocessing, Samples, first_line
 from obc_deploy.errors import RunDirectoryError
 from obc_deploy.manifest import FILE_NAME, Manifest, read_manifest, write_json
 
@@ -45,6 +46,16 @@ def check_free(folder: Path, *, overwrite: bool = False) -> None:
     Raises:
         RunDirectoryError: it is in use already, or not writable.
     """
+    try:
+        _check_place(folder, overwrite)
+    except OSError as error:
+        # Only trying tells: what a user may do and what a file system allows differ.
+        raise RunDirectoryError(
+            f"cannot write run directory '{folder}' ({error.strerror}); choose another place"
+        ) from error
+
+
+def _check_place(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunDirectoryError(f"'{folder}' is a file; choose another name for the run directory")
     if folder.is_dir() and any(folder.iterdir()):
@@ -59,8 +70,7 @@ def check_free(folder: Path, *, overwrite: bool = False) -> None:
     parent = folder.resolve().parent
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise RunDirectoryError(f"cannot write to '{parent}'; choose another run directory")
+    Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent)).rmdir()
 
 
 def save_run(model: CompressedModel, folder: Path, *, overwrite: bool = False) -> Path:
@@ -70,6 +80,7 @@ def save_run(model: CompressedModel, folder: Path, *, overwrite: bool = False) -
         RunDirectoryError: it is in use already, or cannot be written.
     """
     check_free(folder, overwrite=overwrite)
+    folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):
@@ -93,7 +104,11 @@ def _write(model: CompressedModel, folder: Path) -> None:
 
     folder.mkdir(parents=True)
     network = model.network
-    shapes = tuple({0: torch.export.Dim.AUTO} for _ in network.example) if network.dynamic_batch else None
+    shapes = (
+        tuple({0: torch.export.Dim.AUTO} for _ in network.example)
+        if network.dynamic_batch
+        else None
+    )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(network.module, network.example, dynamic_shapes=shapes)
@@ -152,7 +167,7 @@ def _read(folder: Path) -> CompressedModel:
         tensors = load_file(folder / LAYERS)
     except Exception as error:
         raise RunDirectoryError(
-            f"run directory '{folder}' is damaged ({str(error).splitlines()[0][:200]}); compress again"
+            f"run directory '{folder}' is damaged ({first_line(error)}); compress again"
         ) from error
     settings = manifest.calibration.preprocessing
     preprocessing = None
@@ -176,7 +191,11 @@ def _read(folder: Path) -> CompressedModel:
 
 
 def _forms(
-    manifest: Manifest, tensors: Mapping[str, Tensor], layers: Mapping[str, object], network: object, folder: Path
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, object],
+    network: object,
+    folder: Path,
 ) -> dict[str, CompressedLayer[Tensor]]:
     from obc_deploy.capture import Network, get_tensor
     from obc_deploy.layers import Layer, weight_to_matrix
@@ -192,8 +211,8 @@ def _forms(
         layer = layers.get(record.name)
         if not isinstance(layer, Layer) or f"{record.name}/mask" not in tensors:
             raise RunDirectoryError(
-                f"run directory '{folder}': layer '{record.name}' of the manifest is not in its files; "
-                "compress again"
+                f"run directory '{folder}': layer '{record.name}' of the manifest is not in its "
+                "files; compress again"
             )
         matrix = weight_to_matrix(layer, get_tensor(network.module, layer.weight_name))
         forms[record.name] = CompressedLayer(

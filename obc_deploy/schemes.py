@@ -119,14 +119,18 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if not 2 <= self.weight_bits <= 8:
-            raise SchemeError(f"'w{self.weight_bits}' asks for {self.weight_bits}-bit weights; 2 to 8 work")
+            raise SchemeError(
+                f"'w{self.weight_bits}' asks for {self.weight_bits}-bit weights; 2 to 8 work"
+            )
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 8:
             raise SchemeError(
-                f"'a{self.activation_bits}' asks for {self.activation_bits}-bit activations; 2 to 8 work "
-                "(leave 'a' out for float activations)"
+                f"'a{self.activation_bits}' asks for {self.activation_bits}-bit activations; "
+                "2 to 8 work (leave 'a' out for float activations)"
             )
         if self.group is not None and self.group < 2:
-            raise SchemeError(f"'g{self.group}' is no group of columns; 2 or more work, e.g. 'w4g128'")
+            raise SchemeError(
+                f"'g{self.group}' is no group of columns; 2 or more work, e.g. 'w4g128'"
+            )
 
     def __str__(self) -> str:
         group = f"g{self.group}" if self.group is not None else ""
@@ -136,16 +140,18 @@ class Quantization:
     @property
     def code_min(self) -> int:
         """Smallest weight code (int8 storage, whatever the bits)."""
-        return -(2 ** (self.weight_bits - 1)) + (0 if self.asymmetric else 1)
+        return -(1 << (self.weight_bits - 1)) + (0 if self.asymmetric else 1)
 
     @property
     def code_max(self) -> int:
         """Largest weight code."""
-        return 2 ** (self.weight_bits - 1) - 1
+        return (1 << (self.weight_bits - 1)) - 1
 
 
 _NUMBER = r"[0-9]*\.?[0-9]+"
-_PATTERN = re.compile(rf"(?:(?P<kind>unstructured|block4)@(?P<sparsity>{_NUMBER})|(?P<n>\d+):(?P<m>\d+))")
+_PATTERN = re.compile(
+    rf"(?:(?P<kind>unstructured|block4)@(?P<sparsity>{_NUMBER})|(?P<n>\d+):(?P<m>\d+))"
+)
 _QUANT = re.compile(r"w(?P<w>\d+)(?:g(?P<g>\d+))?(?:a(?P<a>\d+))?(?P<asym>-asym)?")
 
 
@@ -173,7 +179,7 @@ def _parse_quantization(text: str, whole: str) -> Quantization:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is done to one layer: a pattern of zeros, a quantization, both (in that order) or neither."""
+    """What is done to one layer: a pattern, a quantization, both (in that order) or neither."""
 
     pattern: Pattern | None = None
     quantization: Quantization | None = None

@@ -61,7 +61,7 @@ class Target:
         placement: what runs in int8 there.
         integer_operators: float operators that have a fast integer form there (QOperator only).
         one_weight_step: the runtime's fastest kernels want one weight scale a layer.
-        linear_as_convolution: write int8 linears as 1x1 convolutions, which the runtime has kernels for.
+        linear_as_convolution: write int8 linears as 1x1 convolutions, for which kernels exist.
         sparse_from: smallest sparsity that was measured to beat the dense kernel, by pattern; a
             pattern that is not in it gains nothing.
         summary: one line for help texts.
@@ -157,7 +157,10 @@ def int8_obstacle(layer: Layer, scheme: Scheme) -> str | None:
     if layer.kind.value == "conv_transpose2d":
         return "no runtime here has an integer transposed convolution"
     if quantization.group is not None:
-        return f"integer kernels need one scale an output channel, not one a {quantization.group} columns"
+        return (
+            "integer kernels need one scale an output channel, not one a "
+            f"{quantization.group} columns"
+        )
     if quantization.asymmetric:
         return "integer kernels need symmetric weight grids (drop '-asym')"
     return None
@@ -168,7 +171,10 @@ def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
     if pattern is None:
         return None
     if not target.sparse_from:
-        return f"{target.runtime} has no sparse kernels: the zeros of {pattern} cost as much as other weights"
+        return (
+            f"{target.runtime} has no sparse kernels: the zeros of {pattern} cost as much as other "
+            "weights"
+        )
     if isinstance(pattern, NM):
         return f"{target.runtime} has no {pattern} kernels: it runs the zeros as unstructured ones"
     least = target.sparse_from.get(type(pattern))
@@ -183,7 +189,11 @@ def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
 
 
 def preflight(
-    target: Target, layers: Sequence[Layer], schemes: Mapping[str, Scheme], *, vnni: bool | None = None
+    target: Target,
+    layers: Sequence[Layer],
+    schemes: Mapping[str, Scheme],
+    *,
+    vnni: bool | None = None,
 ) -> list[str]:
     """What will not speed up on a target, one line a reason, with the layers it holds for.
 
@@ -207,7 +217,8 @@ def preflight(
                 obstacles.append(f"weights are stored small but computed in float: {obstacle}")
             elif max(scheme.weight_bits, scheme.activation_bits) < 8 or scheme.weight_bits < 8:
                 obstacles.append(
-                    f"{target.runtime} computes {scheme.quantization} with 8-bit kernels: no faster than w8a8"
+                    f"{target.runtime} computes {scheme.quantization} with 8-bit kernels: no "
+                    "faster than w8a8"
                 )
         for obstacle in obstacles:
             if obstacle is not None:

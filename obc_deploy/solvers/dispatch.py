@@ -208,7 +208,8 @@ def _solve_exactly(
             continue
         key = (scheme.pattern, quantization)
         if key not in found:
-            grid = find_grid(problem.weight, quantization)
+            # Of the rows as they are now: survivors have grown to stand in for what was pruned.
+            grid = find_grid(problem.weight if scheme.pattern is None else weight, quantization)
             part = part_of(progress, *_span(share, 1.0, done, len(schemes)))
             if scheme.pattern is None:
                 codes = obq_codes(problem, grid, settings, part)

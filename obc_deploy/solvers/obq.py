@@ -2,7 +2,8 @@
 
     w ← w - (w_p - q(w_p)) / G_pp · G_:p        G ← G - G_:p G_p: / G_pp
 
-The grid is fixed once, from the dense rows. Outlier rule: while the rounding error of some
+The grid is fixed once, from the dense rows, or from the pruned ones where a pattern came first:
+survivors have grown beyond the dense rows' range. Outlier rule: while the rounding error of some
 remaining weight exceeds half its step (it lies beyond the grid's end), the worst of those goes
 first. On a pruned layer only survivors take part, with G the inverse of H restricted to them, and
 what was pruned stays exactly zero (OBC, arXiv 2208.11580, section 5).
@@ -49,7 +50,7 @@ def obq_codes_of_survivors(
         problem: the layer.
         weight: (rows, cols) float64 pruned weights, best for their mask.
         mask: (rows, cols) bool, true at survivors.
-        grid: grids of the dense layer.
+        grid: grids of the pruned rows.
         settings: precision and memory.
         progress: told the share of the rows done.
     """

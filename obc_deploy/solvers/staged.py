@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from obc_deploy.errors import SchemeError
 from obc_deploy.schemes import Quantization, Scheme
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem, Progress
 from obc_deploy.solvers.dispatch import needs_hessian, torch_device
@@ -63,14 +64,14 @@ def quantize_pruned(
     rows, cols = checked.weight.shape
     check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
     quantization = scheme.quantization
-    assert quantization is not None, "only schemes that quantize come here"
+    if quantization is None:
+        raise SchemeError(f"layer '{checked.name}': scheme '{scheme}' has no quantization")
     settings = SolverSettings(dtype=precision(dtype))
     report = progress or (lambda _: None)
     mask = pruned.mask.to(checked.weight.device)
     weight = pruned.weight.to(checked.weight).masked_fill(~mask, 0.0)
-    # The grid is the dense rows' own, as in the paper; a shared one must cover them all.
-    make = shared_grid if shared_step else find_grid
-    grid = make(checked.weight, quantization)
+    # Of the pruned rows: survivors have grown to stand in for what is gone.
+    grid = (shared_grid if shared_step else find_grid)(weight, quantization)
     if not exact:
         codes = rtn_codes(weight, mask, grid)
     elif scheme.pattern is None:

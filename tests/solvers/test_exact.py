@@ -120,7 +120,7 @@ def test_compound_is_brute_force(problem, pattern, grid):
         kind, sparsity = pattern.split("@")
         width = 4 if kind == "block4" else 1
         pruned = oracle.prune_globally(alive, stiff, float(sparsity), width)
-    codes, _, zeros = oracle.quantize(pruned, stiff, alive, bits, asymmetric, group, solved.mask)
+    codes, _, zeros = oracle.quantize(pruned, stiff, pruned, bits, asymmetric, group, solved.mask)
     np.testing.assert_array_equal(solved.weight[~solved.mask], 0.0)
     np.testing.assert_array_equal(solved.codes, codes)
     np.testing.assert_array_equal(solved.zero_point, zeros)

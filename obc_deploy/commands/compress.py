@@ -1,0 +1,495 @@
+"""`obc-deploy compress`, and `run`: compress, export, measure."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from obc_deploy.commands import options as o
+from obc_deploy.commands.bench import MeasuringPlan, bench_runs
+from obc_deploy.commands.output import Output, Stage
+from obc_deploy.errors import CalibrationError, RunDirectoryError
+from obc_deploy.schemes import Scheme
+from obc_deploy.targets import Target, as_target
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from obc_deploy.compression import CalibratedModel, CompressedModel
+    from obc_deploy.data import Samples
+
+DEFAULT_SCHEME = "w8a8"
+
+
+def load_named_model(name: str, weights: str | None) -> nn.Module | ExportedProgram:
+    """The model of that name; factories are looked for in the current directory too.
+
+    Raises:
+        ModelError: there is none, or its weights do not fit.
+    """
+    from obc_deploy.models import load_model
+
+    look_here()
+    return load_model(name, weights=weights)
+
+
+def look_here() -> None:
+    """Make modules of the current directory importable, as `python -m` does."""
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Everything that `compress` and `run` were asked for, read before any work.
+
+    Attributes:
+        model: the model's name.
+        weights: its weights' name.
+        calibration: the calibration data's name.
+        evaluation: the evaluation data's name, or None.
+        data: how samples are read.
+        samples: most calibration samples to take.
+        scheme: what every layer gets.
+        target: where it is to run, or None.
+        skip: patterns of layers that stay dense.
+        layer_schemes: schemes by layer pattern.
+        fallback: scheme of layers that `scheme` does not divide.
+        method: the solver.
+        ranges: how activation ranges are found.
+        damping: relative damping.
+        dtype: precision of the solver.
+        reestimate: measure batch-norm statistics anew.
+        batch_size: calibration samples at a time.
+        device: where the work is done.
+        seed: of every random choice.
+        baselines: make the dense networks too.
+    """
+
+    model: str
+    weights: str | None
+    calibration: str
+    evaluation: str | None
+    data: o.DataOptions
+    samples: int
+    scheme: Scheme
+    target: Target | None
+    skip: tuple[str, ...]
+    layer_schemes: Mapping[str, Scheme]
+    fallback: Scheme | None
+    method: str
+    ranges: str
+    damping: float
+    dtype: str
+    reestimate: bool
+    batch_size: int
+    device: str
+    seed: int
+    baselines: bool
+
+    def calibrate(self, say: Stage) -> tuple[CalibratedModel, Samples | None]:
+        """Load the model and its data, and capture the model on them.
+
+        Raises:
+            ObcDeployError: the model or the data cannot be used.
+        """
+        say("loading the model", 0.0)
+        from obc_deploy.compression import calibrate
+
+        model = load_named_model(self.model, self.weights)
+        say("loading the data", 0.0)
+        samples = self.data.load(self.calibration, limit=self.samples, seed=self.seed)
+        evaluation = self._evaluation(samples)
+        say("capturing the model", 0.0)
+        calibrated = calibrate(
+            model, samples, device=self.device, source=self.model, weights=self.weights,
+            batch_size=self.batch_size, seed=self.seed,
+        )  # fmt: skip
+        return calibrated, evaluation
+
+    def _evaluation(self, calibration: Samples) -> Samples | None:
+        """Evaluation samples that the model can take: known before hours of work, not after."""
+        if self.evaluation is None:
+            return None
+        found = self.data.load(self.evaluation)
+        if found.labels is None:
+            raise CalibrationError(
+                f"--eval '{self.evaluation}' has no labels to measure accuracy against; add an "
+                "array 'labels', or leave --eval out"
+            )
+        wanted = [array.shape[1:] for array in calibration.inputs.values()]
+        given = [array.shape[1:] for array in found.inputs.values()]
+        if wanted != given:
+            raise CalibrationError(
+                f"--eval '{self.evaluation}' has samples of shape {_shapes(given)}, the "
+                f"calibration data has {_shapes(wanted)}; give data of one shape"
+            )
+        if found.preprocessing is None:
+            found = replace(found, preprocessing=calibration.preprocessing)
+        return found
+
+    def schemes(self, calibrated: CalibratedModel) -> dict[str, Scheme]:
+        """Each layer's scheme.
+
+        Raises:
+            LayerError: a name matches nothing.
+            SchemeError: a scheme does not divide a layer.
+        """
+        from obc_deploy.compression import resolve_schemes
+
+        return resolve_schemes(
+            calibrated.layers, self.scheme, skip=self.skip, layer_schemes=self.layer_schemes,
+            fallback=self.fallback,
+        )  # fmt: skip
+
+    def compress(self, say: Stage) -> CompressedModel:
+        """Compress.
+
+        Raises:
+            ObcDeployError: the model, the data or the schemes cannot be used.
+        """
+        from obc_deploy.compression import compress
+
+        calibrated, evaluation = self.calibrate(say)
+        return compress(
+            calibrated,
+            scheme=self.scheme,
+            target=self.target,
+            skip=self.skip,
+            layer_schemes=self.layer_schemes,
+            fallback=self.fallback,
+            method=self.method,
+            damping=self.damping,
+            dtype=self.dtype,
+            ranges=self.ranges,
+            bn_reestimate=self.reestimate,
+            evaluation=evaluation,
+            baselines=self.baselines,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            progress=say,
+        )
+
+
+def _shapes(shapes: list[tuple[int, ...]]) -> str:
+    return " and ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def _request(
+    *,
+    model: str,
+    weights: str | None,
+    calibration: str,
+    evaluation: str | None,
+    data: o.DataOptions,
+    samples: int,
+    scheme: str,
+    target: str | None,
+    skip: list[str] | None,
+    layer: list[str] | None,
+    fallback: str | None,
+    method: o.Method,
+    ranges: o.Ranges,
+    damping: float,
+    dtype: o.Precision,
+    bn_reestimate: bool,
+    batch_size: int,
+    device: str,
+    seed: int,
+    no_baselines: bool,
+) -> Compression:
+    if not math.isfinite(damping):
+        raise CalibrationError(f"--damping {damping} is no share; give a number such as 0.01")
+    look_here()
+    return Compression(
+        model=model,
+        weights=weights,
+        calibration=calibration,
+        evaluation=evaluation,
+        data=data,
+        samples=samples,
+        scheme=Scheme.parse(scheme),
+        target=None if target is None else as_target(target),
+        skip=tuple(skip or ()),
+        layer_schemes=o.layer_schemes(layer),
+        fallback=None if fallback is None else Scheme.parse(fallback),
+        method=method.value,
+        ranges=ranges.value,
+        damping=damping,
+        dtype=dtype.value,
+        reestimate=bn_reestimate,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
+        baselines=not no_baselines,
+    )
+
+
+def _free_run(folder: Path | None, *, overwrite: bool) -> Path:
+    """The run directory to make, known to be free."""
+    from obc_deploy.run_directory import check_free
+
+    if folder is None:
+        raise RunDirectoryError("no run directory: name the one to make with -o RUN")
+    folder = folder.resolve() if folder.name in ("", "..") else folder
+    check_free(folder, overwrite=overwrite)
+    return folder
+
+
+def _show_plan(out: Output, work: Compression) -> None:
+    """Say what would be done to each layer, and what would not speed up; nothing is written."""
+    from rich.table import Table
+
+    from obc_deploy.benchmarks.table import count, times
+    from obc_deploy.costs import layer_cost, total
+    from obc_deploy.runtimes.fingerprint import take_fingerprint
+    from obc_deploy.targets import preflight
+
+    with out.working() as say:
+        calibrated, evaluation = work.calibrate(say)
+        schemes = work.schemes(calibrated)
+    costs = [
+        layer_cost(layer.name, layer.macs, schemes[layer.name], weights=layer.weights)
+        for layer in calibrated.layers
+    ]
+    notes = [f"{layer.name}: {layer.reason}" for layer in calibrated.unsupported]
+    if work.target is not None:
+        vnni = bool({"avx512_vnni", "avx_vnni"} & set(take_fingerprint().cpu_features))
+        notes += preflight(work.target, calibrated.layers, schemes, vnni=vnni)
+    table = Table("layer", "kind", "scheme", title=f"Plan for {work.model}", title_justify="left")
+    for title in ("rows x cols", "MACs", "MACs left"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for layer, cost in zip(calibrated.layers, costs, strict=True):
+        table.add_row(
+            layer.name, layer.kind.value, str(schemes[layer.name]), f"{layer.rows} x {layer.cols}",
+            count(layer.macs), count(cost.macs_left),
+        )  # fmt: skip
+    whole = total(costs)
+    predicted = whole.predicted_speedup
+    out.show(table)
+    out.line(
+        f"{count(whole.dense_macs)} MACs become {count(whole.macs)}; operation counts promise "
+        f"{times(predicted.macs if predicted else None)} by MACs, "
+        f"{times(predicted.bops if predicted else None)} by BOPs"
+    )
+    labelled = "" if evaluation is None else f", {len(evaluation)} evaluation samples"
+    out.line(f"{len(calibrated.samples)} calibration samples{labelled}; nothing was written")
+    for note in notes:
+        out.warn(note)
+    out.results(
+        {
+            "model": work.model,
+            "scheme": str(work.scheme),
+            "target": None if work.target is None else work.target.name,
+            "samples": len(calibrated.samples),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind.value,
+                    "shape": list(layer.weight_shape),
+                    "scheme": str(schemes[layer.name]),
+                    "macs": layer.macs,
+                    "macs_left": cost.macs_left,
+                }
+                for layer, cost in zip(calibrated.layers, costs, strict=True)
+            ],
+            "macs": whole.dense_macs,
+            "macs_left": whole.macs,
+            "predicted_speedup": None
+            if predicted is None
+            else {"macs": predicted.macs, "bops": predicted.bops},
+            "notes": notes,
+        }
+    )
+
+
+def _compress_to(out: Output, work: Compression, run: Path, *, overwrite: bool) -> CompressedModel:
+    with out.working() as say:
+        made = work.compress(say)
+        say("writing the run directory", 1.0)
+        made.save(run, overwrite=overwrite)
+    _show_compressed(out, made, run)
+    return made
+
+
+def _show_compressed(out: Output, made: CompressedModel, run: Path) -> None:
+    from obc_deploy.benchmarks.table import count, percent, times
+
+    manifest, costs = made.manifest, made.costs
+    changed = [layer for layer in manifest.layers if layer.scheme != "dense"]
+    predicted = costs.predicted_speedup
+    out.line(
+        f"{manifest.model.source}: {len(changed)} of {len(manifest.layers)} layers compressed with "
+        f"{manifest.scheme}; {count(costs.dense_macs)} MACs became {count(costs.macs)}"
+    )
+    if predicted is not None:
+        out.line(
+            f"operation counts promise {times(predicted.macs)} by MACs and "
+            f"{times(predicted.bops)} by BOPs; 'obc-deploy bench {run}' measures it"
+        )
+    errors = [(layer.error, layer.name) for layer in changed if layer.error is not None]
+    if errors:
+        worst, name = max(errors)
+        out.line(f"largest relative output error of a layer: {worst:.2e} ({name})")
+    accuracy = manifest.accuracy
+    if accuracy is not None:
+        out.line(
+            f"top-1 accuracy in PyTorch: {percent(accuracy.compressed)} % (dense "
+            f"{percent(accuracy.dense)} %) on {accuracy.samples} samples"
+        )
+    for note in manifest.notes:
+        out.warn(note)
+    out.line(f"run directory: {run}")
+
+
+def _description(made: CompressedModel, run: Path) -> dict[str, Any]:
+    return {"run": os.fspath(run), **made.manifest.model_dump(mode="json")}
+
+
+def compress(
+    model: o.ModelName,
+    calibration: o.Calibration,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="RUN",
+            help="The run directory to make (not with --dry-run).",
+            rich_help_panel="Results",
+            show_default=False,
+        ),
+    ] = None,
+    scheme: o.SchemeText = DEFAULT_SCHEME,
+    weights: o.WeightsName = None,
+    target: o.TargetName = None,
+    skip: o.Skip = None,
+    layer: o.LayerSchemes = None,
+    fallback: o.Fallback = None,
+    method: o.MethodName = o.Method.EXACT_OBS,
+    samples: o.SampleCount = o.DEFAULT_SAMPLES,
+    batch_size: o.BatchSize = 64,
+    device: o.Device = "auto",
+    damping: o.Damping = 0.01,
+    dtype: o.PrecisionName = o.Precision.FLOAT32,
+    ranges: o.RangesName = o.Ranges.MSE,
+    bn_reestimate: o.Reestimate = True,
+    evaluation: o.Evaluation = None,
+    scale: o.PixelScale = None,
+    mean: o.PixelMean = None,
+    std: o.PixelDeviation = None,
+    resize: o.Resize = 256,
+    crop: o.Crop = 224,
+    seed: o.Seed = 0,
+    no_baselines: o.NoBaselines = False,
+    overwrite: o.Overwrite = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what would be done to each layer, write nothing and stop.",
+            rich_help_panel="Results",
+        ),
+    ] = False,
+    json: o.JsonFile = None,
+) -> None:
+    """Compress a trained model after training, and write a run directory."""
+    out = Output(json)
+    run = None if dry_run and output is None else _free_run(output, overwrite=overwrite)
+    work = _request(
+        model=model, weights=weights, calibration=calibration, evaluation=evaluation,
+        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, scheme=scheme,
+        target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
+        damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, batch_size=batch_size,
+        device=device, seed=seed, no_baselines=no_baselines,
+    )  # fmt: skip
+    if dry_run or run is None:
+        _show_plan(out, work)
+        return
+    made = _compress_to(out, work, run, overwrite=overwrite)
+    out.line(f"next: obc-deploy bench {run}" + (f" --data {evaluation}" if evaluation else ""))
+    out.results(_description(made, run))
+
+
+def run(
+    model: o.ModelName,
+    calibration: o.Calibration,
+    output: o.RunOutput,
+    scheme: o.SchemeText = DEFAULT_SCHEME,
+    weights: o.WeightsName = None,
+    target: o.TargetName = None,
+    skip: o.Skip = None,
+    layer: o.LayerSchemes = None,
+    fallback: o.Fallback = None,
+    method: o.MethodName = o.Method.EXACT_OBS,
+    samples: o.SampleCount = o.DEFAULT_SAMPLES,
+    batch_size: o.BatchSize = 64,
+    device: o.Device = "auto",
+    damping: o.Damping = 0.01,
+    dtype: o.PrecisionName = o.Precision.FLOAT32,
+    ranges: o.RangesName = o.Ranges.MSE,
+    bn_reestimate: o.Reestimate = True,
+    evaluation: o.Evaluation = None,
+    scale: o.PixelScale = None,
+    mean: o.PixelMean = None,
+    std: o.PixelDeviation = None,
+    resize: o.Resize = 256,
+    crop: o.Crop = 224,
+    seed: o.Seed = 0,
+    no_baselines: o.NoBaselines = False,
+    overwrite: o.Overwrite = False,
+    runtime: o.RuntimeNames = None,
+    threads: o.Threads = None,
+    rounds: o.Rounds = 5,
+    samples_per_round: Annotated[
+        int,
+        typer.Option(
+            "--samples-per-round",
+            min=1,
+            metavar="N",
+            help="Inferences timed in a round.",
+            rich_help_panel="Measuring",
+        ),
+    ] = 10,
+    measured_batch: Annotated[
+        int,
+        typer.Option(
+            "--measured-batch",
+            min=1,
+            metavar="N",
+            help="Samples in a timed inference.",
+            rich_help_panel="Measuring",
+        ),
+    ] = 1,
+    processes: o.Processes = 2,
+    time_budget: o.TimeBudget = 20.0,
+    allow_slower: o.AllowSlower = False,
+    report: o.ReportFile = None,
+    json: o.JsonFile = None,
+) -> None:
+    """Compress, export to every runtime that works here, measure, and write the report."""
+    out = Output(json)
+    free = _free_run(output, overwrite=overwrite)
+    plan = MeasuringPlan(
+        runtime, threads, measured_batch, rounds, samples_per_round, processes, time_budget, seed
+    )
+    plan.check()
+    work = _request(
+        model=model, weights=weights, calibration=calibration, evaluation=evaluation,
+        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, scheme=scheme,
+        target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
+        damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, batch_size=batch_size,
+        device=device, seed=seed, no_baselines=no_baselines,
+    )  # fmt: skip
+    _compress_to(out, work, free, overwrite=overwrite)
+    labelled = None if evaluation is None else work.data.load(evaluation)
+    bench_runs(out, [free], plan, labelled, report=report, allow_slower=allow_slower)

@@ -1,0 +1,263 @@
+"""`obc-deploy export` and `audit`: an artifact for a runtime, and what the runtime makes of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from obc_deploy.commands import options as o
+from obc_deploy.commands.bench import ARTIFACTS
+from obc_deploy.commands.output import Output, Stage
+from obc_deploy.errors import ArtifactError
+from obc_deploy.targets import TARGETS, Target, as_target
+
+if TYPE_CHECKING:
+    from obc_deploy.artifacts import Artifact
+    from obc_deploy.runtimes.audit import AcceleratedLayers, Audit
+    from obc_deploy.runtimes.session import Session
+
+MODEL_FILE = "model.onnx"
+
+
+def artifact_file(run: Path, target: Target) -> Path:
+    """Where a run's artifact for a target lies."""
+    return run / ARTIFACTS / target.name / MODEL_FILE
+
+
+def export(
+    run: o.RunDirectory,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="TARGET",
+            help=f"Where it will run: {', '.join(TARGETS)}.",
+            show_default="the run's own, else onnxruntime",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="An .onnx file, or a folder for model.onnx.",
+            show_default="RUN/artifacts/TARGET/model.onnx",
+        ),
+    ] = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, metavar="N", help="Samples in one inference.")
+    ] = 1,
+    no_check: Annotated[
+        bool,
+        typer.Option("--no-check", help="Do not compare the file's outputs with PyTorch's."),
+    ] = False,
+    json: o.JsonFile = None,
+) -> None:
+    """Write a run's compressed network as an ONNX file, checked against PyTorch."""
+    from obc_deploy.benchmarks.table import percent, size
+    from obc_deploy.manifest import read_manifest
+
+    out = Output(json)
+    manifest = read_manifest(run)
+    goal = as_target(target or manifest.settings.target or "onnxruntime")
+    file = output or artifact_file(run, goal)
+    with out.working() as say:
+        say("loading the run", 0.0)
+        from obc_deploy.run_directory import load_run
+
+        model = load_run(run)
+        say(f"exporting for {goal.name}", 0.3)
+        artifact = model.export(
+            file, goal, dynamic_batch=dynamic_batch, batch_size=batch_size, check=not no_check
+        )
+    made = artifact.manifest
+    out.line(
+        f"{artifact.path}: {size(made.size_bytes)}, {made.format} graph for {made.target}, "
+        f"{sum(layer.int8 for layer in made.layers)} of {len(made.layers)} layers int8"
+    )
+    parity = made.parity
+    if parity:
+        out.line(
+            f"outputs in {parity['runtime']} against PyTorch's on {parity['samples']} samples: "
+            f"relative error {parity['relative_error']:.1e} (at most {parity['tolerance']:.0e}), "
+            f"{percent(parity['agreement'])} % same answer"
+        )
+    else:
+        out.warn("outputs were not compared with PyTorch's (--no-check)")
+    notes = _notes(model, goal, made.notes)
+    for note in notes:
+        out.warn(note)
+    out.results(
+        {"path": os.fspath(artifact.path), **made.model_dump(mode="json"), "preflight": notes}
+    )
+
+
+def _notes(model: Any, goal: Target, notes: list[str]) -> list[str]:
+    """What will not speed up there, and what stays in float."""
+    from obc_deploy.runtimes.fingerprint import take_fingerprint
+    from obc_deploy.schemes import Scheme
+    from obc_deploy.targets import preflight
+
+    vnni = bool({"avx512_vnni", "avx_vnni"} & set(take_fingerprint().cpu_features))
+    schemes = {record.name: Scheme.parse(record.scheme) for record in model.manifest.layers}
+    return [*preflight(goal, model.layers, schemes, vnni=vnni), *notes]
+
+
+def audit(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|FILE", help="A run directory, or an .onnx file.", show_default=False
+        ),
+    ],
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime",
+            "-r",
+            metavar="NAME",
+            help=f"One of {', '.join(TARGETS)}.",
+            show_default="the run's or the file's own, else onnxruntime",
+        ),
+    ] = None,
+    threads: o.Threads = None,
+    json: o.JsonFile = None,
+) -> None:
+    """Say which layers a runtime really ran in int8, and of which it really skipped the zeros."""
+    from obc_deploy.runtimes.registry import require_runtime
+
+    out = Output(json)
+    goal, artifact = None, None
+    if path.suffix == ".onnx":
+        artifact = _artifact(path)
+        file, batch_size = path, (artifact.manifest.batch_size or 1) if artifact else 1
+        goal = as_target(runtime or (artifact.target if artifact else "onnxruntime"))
+        require_runtime(goal.runtime)
+    else:
+        from obc_deploy.manifest import read_manifest
+
+        own = read_manifest(path).settings.target
+        goal = as_target(runtime or own or "onnxruntime")
+        require_runtime(goal.runtime)
+        with out.working() as say:
+            artifact = _artifact_of(path, goal, say)
+        file, batch_size = artifact.path, artifact.manifest.batch_size or 1
+    with out.working() as say:
+        say(f"running {file.name} in {goal.runtime}", 0.0)
+        found = _audit(goal.runtime, file, threads, batch_size)
+    counted = None if artifact is None else _count(found, artifact)
+    names = {}
+    if artifact is not None:
+        names = {layer.output: layer.name for layer in artifact.manifest.layers}
+    _show_audit(out, file, found, counted, names)
+    out.results(
+        {
+            "path": os.fspath(file),
+            **found.as_dict(),
+            "layers_accelerated": None if counted is None else counted.accelerated,
+            "layers_total": None if counted is None else counted.total,
+            "shortfalls": {} if counted is None else counted.reasons,
+        }
+    )
+
+
+def _artifact(path: Path) -> Artifact | None:
+    """The artifact of a file; a plain ONNX file, from elsewhere, has no manifest."""
+    from obc_deploy.artifacts import load_artifact, manifest_path
+
+    if not path.is_file():
+        raise ArtifactError(f"no file '{path}'; make one with 'obc-deploy export'")
+    return load_artifact(path) if manifest_path(path).is_file() else None
+
+
+def _artifact_of(run: Path, goal: Target, say: Stage) -> Artifact:
+    """The run's artifact for a target; exported now where there is none."""
+    from obc_deploy.artifacts import load_artifact
+    from obc_deploy.run_directory import load_run
+
+    file = artifact_file(run, goal)
+    if file.is_file():
+        return load_artifact(file)
+    say(f"exporting for {goal.name}", 0.0)
+    return load_run(run).export(file, goal)
+
+
+def _audit(runtime: str, file: Path, threads: int | None, batch_size: int) -> Audit:
+    from obc_deploy.runtimes.audit import audit as audit_session
+    from obc_deploy.runtimes.session import open_session
+
+    with open_session(runtime, file, threads=threads, batch_size=batch_size) as session:
+        return audit_session(session, _random_inputs(session, batch_size))
+
+
+def _random_inputs(session: Session, batch_size: int) -> dict[str, Any]:
+    """Normal values, or zeros for integers: which kernels run does not depend on them."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    inputs = {}
+    for spec in session.inputs:
+        shape = [size if isinstance(size, int) and size > 0 else batch_size for size in spec.shape]
+        values = generator.standard_normal(shape)
+        floating = np.issubdtype(np.dtype(spec.dtype), np.floating)
+        inputs[spec.name] = (values if floating else np.zeros(shape)).astype(spec.dtype)
+    return inputs
+
+
+def _count(found: Audit, artifact: Artifact) -> AcceleratedLayers:
+    from obc_deploy.runtimes.audit import Expectation, count_accelerated
+
+    return count_accelerated(
+        found,
+        {
+            layer.name: Expectation(layer.output, layer.sparse, layer.int8)
+            for layer in artifact.manifest.layers
+        },
+    )
+
+
+def _show_audit(
+    out: Output,
+    file: Path,
+    found: Audit,
+    counted: AcceleratedLayers | None,
+    names: Mapping[str, str],
+) -> None:
+    from rich.table import Table
+
+    from obc_deploy.benchmarks.table import milliseconds
+
+    table = Table(
+        "layer", "operator", "ran as", title=f"{file} in {found.runtime} {found.version}",
+        title_justify="left",
+    )  # fmt: skip
+    for title in ("int8", "zeros skipped", "own engine", "ms"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for layer in found.layers:
+        skipped = "?" if layer.kernel_sparsity is None else f"{layer.kernel_sparsity:.0%}"
+        name = next((names[value] for value in layer.outputs if value in names), layer.name)
+        table.add_row(
+            name, layer.operator, layer.kind or "-", "yes" if layer.int8 else "no", skipped,
+            "yes" if layer.native else "no", milliseconds(layer.ms),
+        )  # fmt: skip
+    out.show(table)
+    if counted is not None and counted.total:
+        out.line(
+            f"{counted.accelerated} of {counted.total} compressed layers ran as they were made to "
+            f"({counted.int8} in int8, {counted.sparse} without their zeros)"
+        )
+        for name, reason in counted.reasons.items():
+            out.warn(f"{name}: {reason}")
+    for reason in found.reasons:
+        out.warn(reason)
+    if found.fallback:
+        out.line(f"{found.runtime} fell back: see the notes above", style="bold red")
