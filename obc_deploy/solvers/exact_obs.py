@@ -112,13 +112,12 @@ def _all_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Order and loss increase of all rows, a batch that fits the memory at a time."""
     rows, cols = problem.weight.shape
-    orders: list[torch.Tensor] = []
-    increases: list[torch.Tensor] = []
-    for batch in settings.row_batches(rows, cols):
+
+    def trace(batch: slice, report: Progress) -> tuple[torch.Tensor, torch.Tensor]:
         weight = problem.weight[batch].to(settings.dtype, copy=True)
         inverse = DowndatedInverse.of_rows(problem, batch, settings)
-        share = part_of(progress, batch.start / rows, batch.stop / rows)
-        order, increase = pruner(weight, inverse, share)
-        orders.append(order)
-        increases.append(increase)
+        return pruner(weight, inverse, report)
+
+    traces = settings.over_rows(rows, cols, problem.weight.device, trace, progress)
+    orders, increases = zip(*traces, strict=True)
     return torch.cat(orders), torch.cat(increases)

@@ -27,12 +27,13 @@ def obq_codes(
     """OBQ codes (rows, cols) int8 of a dense layer."""
     rows, cols = problem.weight.shape
     scale, zero_point = grid.per_column(cols, settings.dtype)
-    codes: list[torch.Tensor] = []
-    for batch in settings.row_batches(rows, cols):
+
+    def quantize(batch: slice, report: Progress) -> torch.Tensor:
         weight = problem.weight[batch].to(settings.dtype, copy=True)
         inverse = DowndatedInverse.of_rows(problem, batch, settings)
-        share = part_of(progress, batch.start / rows, batch.stop / rows)
-        codes.append(_quantize(weight, inverse, scale[batch], zero_point[batch], grid, share))
+        return _quantize(weight, inverse, scale[batch], zero_point[batch], grid, report)
+
+    codes = settings.over_rows(rows, cols, problem.weight.device, quantize, progress)
     return torch.cat(codes).to(torch.int8)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +14,10 @@ from obc_deploy.errors import ProblemError
 from obc_deploy.schemes import BLOCK_SIZE
 from obc_deploy.solvers.contract import Progress
 
+Result = TypeVar("Result")
+
+_WORTH_THREADS = 1 << 22
+"""Entries of all inverses together from which threads of their own pay."""
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -36,13 +43,75 @@ class SolverSettings:
                 f"{BLOCK_SIZE}, such as 32"
             )
 
-    def row_batches(self, rows: int, cols: int) -> Iterator[slice]:
-        """Slices of rows, near equal, whose (cols, cols) inverses fit the memory."""
+    def row_batches(self, rows: int, cols: int, workers: int = 1) -> list[slice]:
+        """Slices of rows, near equal, of which `workers` have inverses that fit the memory."""
         row_bytes = cols * cols * self.dtype.itemsize
-        batches = -(-rows // max(1, self.memory // row_bytes))
-        size = -(-rows // batches)
-        for start in range(0, rows, size):
-            yield slice(start, min(start + size, rows))
+        batches = -(-rows // max(1, self.memory // workers // row_bytes))
+        size = -(-rows // min(rows, -(-batches // workers) * workers))
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+    def over_rows(
+        self,
+        rows: int,
+        cols: int,
+        device: torch.device,
+        work: Callable[[slice, Progress], Result],
+        progress: Progress,
+    ) -> list[Result]:
+        """`work` on batches of rows, in order of the rows.
+
+        Rows are independent, so on the CPU each thread takes batches of its own and computes them
+        alone: threads that split every small operation would wait for each other thousands of times
+        a layer, and for whoever else uses the machine.
+        """
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        if rows * cols * cols < _WORTH_THREADS:
+            threads = 1
+        batches = self.row_batches(rows, cols, threads)
+        shared = _SharedProgress(progress, [batch.stop - batch.start for batch in batches])
+        if threads == 1 or len(batches) == 1:
+            return [work(batch, shared.of(i)) for i, batch in enumerate(batches)]
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            futures = [pool.submit(work, batch, shared.of(i)) for i, batch in enumerate(batches)]
+            return [future.result() for future in futures]
+        finally:
+            # After an interrupt the workers stop at their next report.
+            shared.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
+class _StoppedError(Exception):
+    """The work was given up."""
+
+
+class _SharedProgress:
+    """One progress that several threads move, each for its share of the rows."""
+
+    def __init__(self, progress: Progress, sizes: list[int]) -> None:
+        self._progress = progress
+        self._sizes = sizes
+        self._parts = [0.0] * len(sizes)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Make every further report raise."""
+        self._stopped = True
+
+    def of(self, index: int) -> Progress:
+        """The progress of one batch."""
+
+        def report(share: float) -> None:
+            if self._stopped:
+                raise _StoppedError
+            with self._lock:
+                self._parts[index] = share
+                done = sum(p * s for p, s in zip(self._parts, self._sizes, strict=True))
+                self._progress(done / sum(self._sizes))
+
+        return report
 
 
 def precision(name: str) -> torch.dtype:
