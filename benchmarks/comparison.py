@@ -222,7 +222,9 @@ def _exported(
             say(f"exporting for {target.name}", len(entries) / count)
             safe = variant.replace(":", "-").replace("@", "-").replace(" ", "")
             file = folder / target.name / safe / f"batch{batch_size}.onnx"
-            entries.append(_Entry(variant, _artifact(model, file, target, batch_size), target, model))
+            entries.append(
+                _Entry(variant, _artifact(model, file, target, batch_size), target, model)
+            )
     if models:
         say("exporting", 1.0)
     return entries
@@ -305,7 +307,9 @@ def _examine(
     sparse_runtime = bool(entry.target.sparse_from)
     expected = {
         # Where no runtime skips zeros, an int8 layer got all that there was to get.
-        layer.name: Expectation(layer.output, layer.sparse and (sparse_runtime or not layer.int8), layer.int8)
+        layer.name: Expectation(
+            layer.output, layer.sparse and (sparse_runtime or not layer.int8), layer.int8
+        )
         for layer in entry.artifact.manifest.layers
     }
     counted = count_accelerated(found, expected)

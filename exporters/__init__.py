@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obc_deploy.artifacts import Artifact, file_sha256, manifest_path
-from obc_deploy.errors import ExportError, ObcDeployError
+from obc_deploy.data import first_line
+from obc_deploy.errors import ExportError
 from obc_deploy.manifest import ArtifactLayer, ArtifactManifest, write_json
 from obc_deploy.targets import Format, Target
 
@@ -83,12 +85,11 @@ def export(
         parity: dict[str, Any] = {}
         if check:
             count = max(1, CHECKED_SAMPLES // size)
-            run, runtime = _runner(target, partial, size)
-            with torch.no_grad():
+            with _runner(target, partial, size) as (run, runtime), torch.no_grad():
                 parity = check_parity(
                     run, built.reference, batches[:count],
                     tolerance=QUANTIZED_TOLERANCE if has_codes else FLOAT_TOLERANCE,
-                    runtime=runtime, path=partial,
+                    runtime=runtime, path=partial, codes=built.codes,
                 ).as_dict()  # fmt: skip
         os.replace(partial, file)  # noqa: PTH105
     finally:
@@ -151,30 +152,31 @@ def _check_file(path: Path, proto: Any) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(proto)
-        onnx.shape_inference.infer_shapes(proto, strict_mode=False)
+        onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ExportError(
-            f"the ONNX graph of '{path.name}' is malformed: {reason[:300]}"
+            f"the ONNX graph of '{path.name}' is malformed: {first_line(error)}"
         ) from error
 
 
-def _runner(
-    target: Target, path: Path, batch_size: int
-) -> tuple[Callable[[Sequence[npt.NDArray[Any]]], list[npt.NDArray[Any]]], str]:
+Run = Callable[["Sequence[npt.NDArray[Any]]"], "list[npt.NDArray[Any]]"]
+
+
+@contextlib.contextmanager
+def _runner(target: Target, path: Path, batch_size: int) -> Iterator[tuple[Run, str]]:
     """What runs the file: the target's own runtime where it is here, else ONNX Runtime."""
     from obc_deploy.runtimes.registry import runtime_info
     from obc_deploy.runtimes.session import open_session
 
     if target.runtime != "onnxruntime" and runtime_info(target.runtime).works:
-        session = open_session(target.runtime, path, threads=1, batch_size=batch_size)
-        names = [spec.name for spec in session.inputs]
+        with open_session(target.runtime, path, threads=1, batch_size=batch_size) as session:
+            names = [spec.name for spec in session.inputs]
 
-        def run_there(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-            return list(session.run(dict(zip(names, arrays, strict=True))).values())
+            def run_there(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+                return list(session.run(dict(zip(names, arrays, strict=True))).values())
 
-        return run_there, target.runtime
+            yield run_there, target.runtime
+        return
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -183,7 +185,7 @@ def _runner(
         local = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(
-            f"ONNX Runtime cannot load the exported graph: {str(error).splitlines()[0][:300]}"
+            f"ONNX Runtime cannot load the exported graph: {first_line(error)}"
         ) from error
     inputs = [item.name for item in local.get_inputs()]
 
@@ -191,7 +193,7 @@ def _runner(
         outputs: list[npt.NDArray[Any]] = local.run(None, dict(zip(inputs, arrays, strict=True)))
         return outputs
 
-    return run_here, "onnxruntime"
+    yield run_here, "onnxruntime"
 
 
-__all__ = ["Artifact", "ObcDeployError", "export"]
+__all__ = ["Artifact", "export"]

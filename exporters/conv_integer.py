@@ -34,8 +34,8 @@ _ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "stride
 def to_conv_integer(model: ir.Model) -> int:
     """Rewrite every Conv and Gemm whose weight scales differ; returns how many there were.
 
-    Nothing is done where some convolution is one that the engine has no kernel for: transposed,
-    not two-dimensional, or in groups of several channels.
+    Nothing is done where some convolution is one that the engine has no kernel for: not
+    two-dimensional, or in groups of several channels.
     """
     if not all(_in_engine(node) for node in model.graph):
         return 0
@@ -62,9 +62,42 @@ def to_conv_integer(model: ir.Model) -> int:
     return made
 
 
+def fold_weight_dequantizers(model: ir.Model) -> int:
+    """Replace dequantized constants by their float values; returns how many there were.
+
+    DeepSparse has no DequantizeLinear for weights and would hand the graph to its fallback.
+    """
+    made = 0
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear" or node.domain:
+            continue
+        codes, scales, zeros = (constant(value) for value in node.inputs)
+        if codes is None or scales is None or zeros is None:
+            continue
+        value = add_initializer(
+            model, _values_name(node), _dequantized(codes, scales, zeros, integer(node, "axis", 1))
+        )
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        made += 1
+    drop_dead(model)
+    return made
+
+
+def _dequantized(
+    codes: npt.NDArray[Any], scales: npt.NDArray[Any], zeros: npt.NDArray[Any], axis: int
+) -> npt.NDArray[Any]:
+    shape = [1] * codes.ndim
+    if scales.ndim:
+        shape[axis] = -1
+    centred = codes.astype(np.float32) - zeros.astype(np.float32).reshape(shape)
+    return centred * scales.astype(np.float32).reshape(shape)
+
+
+def _values_name(node: ir.Node) -> str:
+    return f"{_name(node.inputs[0]).removesuffix('_codes')}_values"
+
+
 def _in_engine(node: ir.Node) -> bool:
-    if node.op_type == "ConvTranspose":
-        return False
     if node.op_type != "Conv":
         return True
     dequantize = producer(node.inputs[1], "DequantizeLinear")
@@ -76,13 +109,13 @@ def _in_engine(node: ir.Node) -> bool:
 
 def _float_convolution(model: ir.Model, node: ir.Node, operands: list[ir.Node]) -> bool:
     for index, operand in enumerate(operands, start=1):
-        codes, scales = constant(operand.inputs[0]), constant(operand.inputs[1])
-        if codes is None or scales is None:
+        codes, scales, zeros = (constant(value) for value in operand.inputs)
+        if codes is None or scales is None or zeros is None:
             return False
-        shape = (-1, *([1] * (codes.ndim - 1)))
-        values = codes.astype(np.float32) * scales.astype(np.float32).reshape(shape)
-        name = f"{_name(operand.inputs[0]).removesuffix('_codes')}_values"
-        node.replace_input_with(index, add_initializer(model, name, values))
+        values = add_initializer(
+            model, _values_name(operand), _dequantized(codes, scales, zeros, 0)
+        )
+        node.replace_input_with(index, values)
     return True
 
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 from torch import Tensor, fx
 
-from obc_deploy.exporters.conv_integer import to_conv_integer
-from obc_deploy.exporters.edit import drop_dead
+from obc_deploy.exporters.conv_integer import fold_weight_dequantizers, to_conv_integer
+from obc_deploy.exporters.edit import constant, drop_dead
 from obc_deploy.exporters.graph import onnx_graph
+from obc_deploy.exporters.parity import Codes
 from obc_deploy.exporters.pooling import means_to_global_average_pools
 from obc_deploy.exporters.qoperator import to_qoperators
+from obc_deploy.quantized_network import QUANTIZE_DEQUANTIZE
 from obc_deploy.targets import Format, Target
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class BuiltOnnx:
     Attributes:
         proto: the model.
         reference: the PyTorch graph it was made from; values that both have share their names.
+        codes: where the codes of the reference's quantizers are, by node name.
         outputs: each layer's name to the name of the ONNX value its operator computes.
         opset: operator set of the default domain.
         ir_version: file version.
@@ -34,6 +37,7 @@ class BuiltOnnx:
 
     proto: Any
     reference: fx.GraphModule
+    codes: dict[str, Codes]
     outputs: dict[str, str]
     opset: int
     ir_version: int
@@ -51,6 +55,20 @@ def _layer_outputs(model: ir.Model, layers: dict[str, str]) -> dict[str, str]:
             while node.op_type in {"DequantizeLinear", "Transpose"} and node.outputs[0].uses():
                 node = next(iter(node.outputs[0].uses())).node
             found[layer] = node.outputs[0].name or ""
+    return found
+
+
+def _codes(model: ir.Model, reference: fx.GraphModule) -> dict[str, Codes]:
+    """Where each quantizer's codes are; the passes after this keep the names of codes."""
+    quantizers = {n.name for n in reference.graph.nodes if n.target is QUANTIZE_DEQUANTIZE}
+    found: dict[str, Codes] = {}
+    for node in model.graph:
+        name = node.outputs[0].name
+        if node.op_type != "DequantizeLinear" or name is None or name not in quantizers:
+            continue
+        value, (scale, zero_point) = node.inputs[0], (constant(v) for v in node.inputs[1:3])
+        if value is not None and value.name and scale is not None and zero_point is not None:
+            found[name] = Codes(value.name, float(scale), int(zero_point))
     return found
 
 
@@ -76,6 +94,7 @@ def build_onnx(
     """
     graph, reference = onnx_graph(quantized.module, example, dynamic_batch=dynamic_batch)
     means_to_global_average_pools(graph)
+    codes = _codes(graph, reference)
     weights = {f"{layer.name}.weight_codes": layer.name for layer in model.layers}
     weights |= {layer.weight_name: layer.name for layer in model.layers}
     if target.format is Format.QOPERATOR:
@@ -86,6 +105,8 @@ def build_onnx(
             linear_as_convolution=target.linear_as_convolution,
             operators=target.integer_operators,
         )
+        if target.one_weight_step:
+            fold_weight_dequantizers(graph)
         for suffix in ("codes_1x1", "codes_transposed", "values"):
             weights |= {f"{layer.name}.weight_{suffix}": layer.name for layer in model.layers}
     drop_dead(graph)
@@ -94,6 +115,7 @@ def build_onnx(
     return BuiltOnnx(
         ir.to_proto(graph),
         reference,
+        codes,
         outputs,
         int(graph.graph.opset_imports[""]),
         target.ir_version,

@@ -71,7 +71,7 @@ def _one_scale(
 
 def _clip_is_saturation(node: ir.Node, scale: float, zero_point: int, code_max: int) -> bool:
     """Whether the output grid cannot hold a value that the rectifier would have changed."""
-    if zero_point != 0 or code_max != 255:
+    if zero_point != 0:
         return False
     if node.op_type == "Relu":
         return True
@@ -80,6 +80,14 @@ def _clip_is_saturation(node: ir.Node, scale: float, zero_point: int, code_max: 
     if low is None or float(low) != 0.0:
         return False
     return high is None or scale * code_max <= float(high) * (1 + 1e-6)
+
+
+def _code_max(quantize: ir.Node) -> int:
+    """Largest uint8 code that leaves a QuantizeLinear, with the Max and Min of narrower grids."""
+    low = only_user(quantize.outputs[0])
+    high = only_user(low.outputs[0]) if low is not None and low.op_type == "Max" else None
+    top = constant(high.inputs[1]) if high is not None and high.op_type == "Min" else None
+    return 255 if top is None else int(top)
 
 
 def _behind_rectifier(quantize: ir.Node) -> ir.Node | None:
@@ -93,8 +101,9 @@ def _behind_rectifier(quantize: ir.Node) -> ir.Node | None:
     scale, zero_point = constant(quantize.inputs[1]), constant(quantize.inputs[2])
     if scale is None or zero_point is None or only_user(source) is not quantize:
         return None
-    top = 255 if zero_point.dtype == np.uint8 else 127
-    if not _clip_is_saturation(node, float(scale), int(zero_point), top):
+    if zero_point.dtype != np.uint8:
+        return None
+    if not _clip_is_saturation(node, float(scale), int(zero_point), _code_max(quantize)):
         return None
     inner = node.inputs[0]
     if inner is None or only_user(inner) is not node:

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from obc_deploy.data import first_line
 from obc_deploy.errors import ArtifactError
 from obc_deploy.manifest import ArtifactManifest
 
@@ -75,7 +76,7 @@ def load_artifact(path: Path | str) -> Artifact:
         ) from error
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"'{beside}' cannot be read ({str(error).splitlines()[0]}); export the model again"
+            f"'{beside}' cannot be read ({first_line(error)}); export the model again"
         ) from error
     found = file_sha256(path)
     if found != manifest.file_sha256:

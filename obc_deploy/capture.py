@@ -42,7 +42,10 @@ class Network:
     @property
     def input_names(self) -> tuple[str, ...]:
         """The inputs' names in the order the graph takes them."""
-        return tuple(node.name for node in self.module.graph.nodes if node.op == "placeholder")
+        # A node called like a built-in ("input") is renamed; its target keeps the name.
+        return tuple(
+            str(node.target) for node in self.module.graph.nodes if node.op == "placeholder"
+        )
 
     @property
     def batch_size(self) -> int | None:

@@ -10,6 +10,8 @@ An error is one line on stderr and exit code 2 (3: slower than dense; 130: inter
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import signal
 import sys
@@ -142,16 +144,34 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _usage_message(error: Any) -> str:
-    """What is wrong with the command as typed, in one line."""
+def _usage_message(error: Any, given: Sequence[str]) -> str:
+    """What is wrong with the command as typed, in one line, with the value that is wrong."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else PROGRAM
     message = " ".join(error.format_message().split()).rstrip(".")
+    for name in getattr(getattr(error, "param", None), "opts", ()):
+        for argument, following in itertools.pairwise((*given, "")):
+            if argument == name and following and f"'{following}'" not in message:
+                message += f" (not '{following}')"
     return f"{message}; see '{command} --help'"
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
     raise SystemExit(TERMINATED)
+
+
+@contextlib.contextmanager
+def _without_chatter(wanted: bool) -> Iterator[None]:
+    """Libraries warn about themselves and log what they then raise; ours to a user are results."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if wanted:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 @contextlib.contextmanager
@@ -176,10 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in given
     try:
-        with _ending_cleanly(), warnings.catch_warnings():
-            if not debug:
-                # Libraries warn about themselves; ours to the user are part of the results.
-                warnings.simplefilter("ignore")
+        with _ending_cleanly(), _without_chatter(not debug):
             command = typer.main.get_command(app)
             code = command.main(args=given, prog_name=PROGRAM, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -195,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BUG
     except Exception as error:
         if hasattr(error, "format_message"):
-            _say(f"error: {_usage_message(error)}")
+            _say(f"error: {_usage_message(error, given)}")
             return USAGE
         if debug:
             raise

@@ -349,7 +349,9 @@ def resolve_schemes(
             f"leave such layers out with --skip '{names[0]}', or give them another scheme with "
             f"--fallback {scheme.quantization or 'w8a8'}"
         )
-        raise SchemeError(f"{misfits[0][1]}{rest if len(names) > 1 else ''}; {fix}") from misfits[0][1]
+        raise SchemeError(f"{misfits[0][1]}{rest if len(names) > 1 else ''}; {fix}") from misfits[
+            0
+        ][1]
     return chosen
 
 
@@ -410,7 +412,9 @@ def compress(
         SchemeError: a scheme cannot be read or does not divide a layer.
     """
     if budget is not None:
-        raise ObcDeployError(f"budget '{budget}': budgets are not available yet; give a scheme instead")
+        raise ObcDeployError(
+            f"budget '{budget}': budgets are not available yet; give a scheme instead"
+        )
     start = time.monotonic()
     say = progress or _silent
     torch.manual_seed(seed)
@@ -425,7 +429,9 @@ def compress(
         calibrated = model
     else:
         if calibration is None:
-            raise CalibrationError("compress needs calibration samples: a few hundred typical inputs")
+            raise CalibrationError(
+                "compress needs calibration samples: a few hundred typical inputs"
+            )
         say("capturing the model", 0.0)
         calibrated = calibrate(
             model, calibration, device=device, preprocessing=preprocessing, source=source,
@@ -461,7 +467,9 @@ def compress(
         forms=forms,
         ranges=found,
         samples=calibrated.samples.take(KEPT_SAMPLES),
-        manifest=_manifest(calibrated, chosen, schemes, forms, found, settings, role, reestimated, goal),
+        manifest=_manifest(
+            calibrated, chosen, schemes, forms, found, settings, role, reestimated, goal
+        ),
         baselines=dense_baselines(calibrated, target=goal, progress=say) if baselines else (),
     )
     accuracy = _accuracy(calibrated, made, evaluation, preprocessing, say)
@@ -682,7 +690,9 @@ def _into(
 ) -> Network:
     """The folded tensors in a copy of the canonical folded graph, on the CPU."""
     result = skeleton.copy()
-    names = [name for name, _ in (*result.module.named_parameters(), *result.module.named_buffers())]
+    names = [
+        name for name, _ in (*result.module.named_parameters(), *result.module.named_buffers())
+    ]
     for name in names:
         set_tensor(result.module, name, get_tensor(folded.module, name).detach().cpu())
     for layer in layers:
@@ -760,15 +770,15 @@ def _manifest(
             source=calibrated.source,
             weights=calibrated.weights,
             parameters=sum(p.numel() for p in calibrated.network.module.parameters()),
-            inputs={
-                name: list(array.shape[1:]) for name, array in samples.inputs.items()
-            },
+            inputs={name: list(array.shape[1:]) for name, array in samples.inputs.items()},
         ),
         calibration=manifests.DataSource(
             source=samples.source,
             samples=len(samples),
             sha256=samples.sha256(),
-            preprocessing=None if samples.preprocessing is None else samples.preprocessing.as_dict(),
+            preprocessing=None
+            if samples.preprocessing is None
+            else samples.preprocessing.as_dict(),
         ),
         layers=[
             _layer_record(layer, schemes[layer.name], forms.get(layer.name), measured)
@@ -800,7 +810,9 @@ def predictions(
     return torch.cat(found)
 
 
-def top1(module: nn.Module, samples: Samples, *, batch_size: int = DEFAULT_BATCH, device: str = "cpu") -> float:
+def top1(
+    module: nn.Module, samples: Samples, *, batch_size: int = DEFAULT_BATCH, device: str = "cpu"
+) -> float:
     """Share of samples whose largest first output is their label.
 
     Raises:
@@ -821,7 +833,9 @@ def _accuracy(
 ) -> manifests.Accuracy | None:
     if evaluation is None:
         return None
-    samples = as_samples(evaluation, preprocessing=preprocessing or calibrated.samples.preprocessing)
+    samples = as_samples(
+        evaluation, preprocessing=preprocessing or calibrated.samples.preprocessing
+    )
     size = calibrated.batch_size
     say("evaluating the dense model", 0.0)
     dense = top1(calibrated.network.module, samples, batch_size=size, device=calibrated.device)

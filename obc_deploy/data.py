@@ -372,8 +372,8 @@ def _from_batches(
     odd = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
     if odd is not None:
         raise CalibrationError(
-            f"batch {odd} of '{source}' has samples of shape {shapes[odd]}, batch 0 of {shapes[0]}; "
-            "give samples of one shape"
+            f"batch {odd} of '{source}' has samples of shape {shapes[odd]}, batch 0 of "
+            f"{shapes[0]}; give samples of one shape"
         )
     labels = [part.labels for part in parts if part.labels is not None]
     return Samples(
@@ -386,11 +386,13 @@ def _from_batches(
 
 def _read_numpy(path: Path) -> Array | dict[str, Array]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
+        # NumPy leaves a file open that it cannot read; ours closes.
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            with loaded:
+                return {name: loaded[name] for name in loaded.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CalibrationError(
             f"cannot read '{path}': {first_line(error)}; save it anew with numpy"

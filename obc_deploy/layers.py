@@ -176,14 +176,12 @@ def find_layers(network: Network) -> tuple[list[Layer], list[UnsupportedLayer]]:
             layer = _read_layer(node, kind, get_tensor(module, weight_name), weight_name)
             known = layers.get(layer.name)
             if known is not None:
-                same = replace(
-                    layer, call_sites=known.call_sites, bias_name=known.bias_name
-                )
+                same = replace(layer, call_sites=known.call_sites, bias_name=known.bias_name)
                 if same != known:
                     unsupported[layer.name] = UnsupportedLayer(
                         layer.name,
                         str(node.target),
-                        "its weight is used with several strides, paddings or dilations: left dense",
+                        "its weight is used with several strides, pads or dilations: left dense",
                     )
                 layer = replace(known, call_sites=(*known.call_sites, node.name))
             layers[layer.name] = layer

@@ -170,9 +170,7 @@ def load_model(spec: str, *, weights: str | None = None) -> nn.Module | Exported
     try:
         model = made() if callable(made) and not isinstance(made, nn.Module) else made
     except Exception as error:
-        raise ModelError(
-            f"'{spec}' failed: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise ModelError(f"'{spec}' failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"'{spec}' gave a {type(model).__name__}, not a torch.nn.Module")
     if weights and weights.lower() != "none":

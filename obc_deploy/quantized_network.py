@@ -271,7 +271,7 @@ def _fitting_biases(
 
 
 def _bias_codes(bias: Tensor, scale: Tensor, input_scale: float) -> tuple[Tensor, Tensor]:
-    """int32 codes of a bias and their scale, input_scale * weight scale, as integer kernels want."""
+    """int32 codes of a bias and their scale: input_scale * weight scale, as integer kernels do."""
     bias_scale = (scale * torch.tensor(input_scale, dtype=torch.float32)).clamp(min=1e-38)
     return torch.round(bias.double() / bias_scale.double()).to(torch.int32), bias_scale
 

@@ -65,7 +65,8 @@ def _check_place(folder: Path, overwrite: bool) -> None:
             )
         if not (folder / FILE_NAME).is_file():
             raise RunDirectoryError(
-                f"'{folder}' holds files but no {FILE_NAME}: it is no run directory and is left alone"
+                f"'{folder}' holds files but no {FILE_NAME}: it is no run directory and is left "
+                "alone; choose another name"
             )
     parent = folder.resolve().parent
     while not parent.exists():

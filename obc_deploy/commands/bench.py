@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from obc_deploy.commands import options as o
 from obc_deploy.commands.output import Output, check_writable
 from obc_deploy.errors import CalibrationError, MeasurementError, SlowerThanDenseError
-from obc_deploy.targets import TARGETS, as_target
+from obc_deploy.targets import as_target
 
 if TYPE_CHECKING:
+    from obc_deploy.benchmarks.demo import DemoResult
     from obc_deploy.benchmarks.measurement import Measurement
     from obc_deploy.data import Samples
 
@@ -23,13 +25,6 @@ MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
 ARTIFACTS = "artifacts"
 DEMO_FOLDER = Path("obc-demo")
-
-
-def working_targets() -> list[str]:
-    """Names of the targets whose runtime is installed."""
-    from obc_deploy.runtimes.registry import runtime_info
-
-    return [target.name for target in TARGETS.values() if runtime_info(target.runtime).works]
 
 
 @dataclass(frozen=True)
@@ -56,17 +51,18 @@ class MeasuringPlan:
     seconds: float
     seed: int
 
-    def check(self) -> None:
-        """Make sure that the runtimes are there, before the work that they measure.
 
-        Raises:
-            TargetError: there is no such target.
-            RuntimeMissingError: its runtime does not work here.
-        """
-        from obc_deploy.runtimes.registry import require_runtime
+def require_runtimes(names: Sequence[str] | None) -> None:
+    """Make sure that the runtimes of these targets are there, before the work that they measure.
 
-        for name in self.targets or ():
-            require_runtime(as_target(name).runtime)
+    Raises:
+        TargetError: there is no such target.
+        RuntimeMissingError: its runtime does not work here.
+    """
+    from obc_deploy.runtimes.registry import require_runtime
+
+    for name in names or ():
+        require_runtime(as_target(name).runtime)
 
 
 def bench_runs(
@@ -100,7 +96,7 @@ def bench_runs(
             processes=plan.processes,
             time_budget_s=plan.seconds,
             seed=plan.seed,
-            artifacts=first / ARTIFACTS if first is not None and len(runs) == 1 else None,
+            artifacts=first / ARTIFACTS if first is not None else None,
             progress=say,
         )
     _show_measurements(out, rows)
@@ -264,7 +260,7 @@ def bench(
     plan = MeasuringPlan(
         runtime, threads, batch_size, rounds, samples, processes, time_budget, seed
     )
-    plan.check()
+    require_runtimes(runtime)
     _check_subjects(runs)
     labelled = None
     if data is not None:
@@ -303,19 +299,31 @@ def demo(
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for runs, table and report."),
     ] = DEMO_FOLDER,
-    threads: o.Threads = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer variants and samples: about a minute.")
-    ] = False,
+    runtime: o.RuntimeNames = None,
+    threads: Annotated[
+        int,
+        typer.Option(
+            "--threads",
+            min=1,
+            metavar="N",
+            help="Threads of the runtimes, each pinned to a core.",
+            rich_help_panel="Measuring",
+        ),
+    ] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="One scheme and few samples.")] = False,
     seed: o.Seed = 0,
     json: o.JsonFile = None,
 ) -> None:
     """Compress, export and measure a small digits network that comes with the package."""
-    from obc_deploy.benchmarks.demo import run_demo
-
     out = Output(json)
+    require_runtimes(runtime)
     with out.working() as say:
-        made = run_demo(output, threads=threads, quick=quick, seed=seed, progress=say)
+        say("loading the digits and their network", 0.0)
+        from obc_deploy.benchmarks.demo import run_demo
+
+        made = run_demo(
+            output, threads=threads, quick=quick, runtimes=runtime, seed=seed, progress=say
+        )
     _show_measurements(out, made.measurements)
     out.line(f"measurements: {made.measurements_file}")
     out.line(f"report: {made.report}")
@@ -324,21 +332,17 @@ def demo(
         out.line(f"next: {command}")
 
 
-def _next_commands(made: Any) -> list[str]:
+def _next_commands(made: DemoResult) -> list[str]:
     """What to try after the demo, with the paths and runtimes that are there."""
+    from obc_deploy.runtimes.registry import RUNTIMES
+
+    timed = [row for row in made.measurements if row.variant in made.runs and row.latency_ms]
     commands = []
-    last = list(made.runs.values())[-1:]
-    if last:
-        fastest = min(
-            (row for row in made.measurements if row.role == "compressed" and row.latency_ms),
-            key=lambda row: row.latency_ms.p50,
-            default=None,
-        )
-        where = made.runs.get(fastest.variant, last[0]) if fastest is not None else last[0]
-        runtime = fastest.runtime if fastest is not None else "onnxruntime"
-        commands.append(f"obc-deploy audit {where} --runtime {runtime}")
-    if "deepsparse" not in working_targets():
-        commands.append("obc-deploy runtimes install deepsparse")
+    if timed:
+        best = min(timed, key=lambda row: row.latency_ms.p50 if row.latency_ms else math.inf)
+        commands.append(f"obc-deploy audit {made.runs[best.variant]} --runtime {best.runtime}")
+    missing = [info for info in (each.info() for each in RUNTIMES.values()) if not info.works]
+    commands += [info.install_command for info in missing]
     commands.append("obc-deploy inspect torchvision:resnet18")
     commands.append("obc-deploy run --help")
     return commands[:3]

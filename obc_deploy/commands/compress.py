@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from obc_deploy.commands import options as o
-from obc_deploy.commands.bench import MeasuringPlan, bench_runs
+from obc_deploy.commands.bench import MeasuringPlan, bench_runs, require_runtimes
 from obc_deploy.commands.output import Output, Stage
 from obc_deploy.errors import CalibrationError, RunDirectoryError
 from obc_deploy.schemes import Scheme
@@ -334,7 +334,7 @@ def _show_compressed(out: Output, made: CompressedModel, run: Path) -> None:
     if predicted is not None:
         out.line(
             f"operation counts promise {times(predicted.macs)} by MACs and "
-            f"{times(predicted.bops)} by BOPs; 'obc-deploy bench {run}' measures it"
+            f"{times(predicted.bops)} by BOPs"
         )
     errors = [(layer.error, layer.name) for layer in changed if layer.error is not None]
     if errors:
@@ -482,7 +482,7 @@ def run(
     plan = MeasuringPlan(
         runtime, threads, measured_batch, rounds, samples_per_round, processes, time_budget, seed
     )
-    plan.check()
+    require_runtimes(runtime)
     work = _request(
         model=model, weights=weights, calibration=calibration, evaluation=evaluation,
         data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, scheme=scheme,

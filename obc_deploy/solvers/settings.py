@@ -33,7 +33,7 @@ class SolverSettings:
     """
 
     dtype: torch.dtype = torch.float32
-    memory: int = 1 << 30
+    memory: int = 1 << 29
     lazy: int = 32
 
     def __post_init__(self) -> None:

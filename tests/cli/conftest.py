@@ -57,18 +57,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _compressed(folder: Path, data: Path, *options: str) -> Path:
+    given = ["compress", "cli_networks:small_network", "-c", str(data), "-o", str(folder), *options]
+    assert main(given) == 0
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory of the small network, with a pattern, a grid and both baselines."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    code = main(
-        [
-            "compress", "cli_networks:small_network", "-c", str(data), "-s", "block4@0.5+w8a8",
-            "--eval", str(data), "-o", str(folder),
-        ]
-    )  # fmt: skip
-    assert code == 0
-    return folder
+    return _compressed(folder, data, "-s", "block4@0.5+w8a8", "--eval", str(data))
+
+
+@pytest.fixture(scope="session")
+def lone_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory without baselines, quick to load; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "lone"
+    return _compressed(folder, data, "-s", "2:4+w8a8", "--method", "magnitude", "--no-baselines")
+
+
+@pytest.fixture(scope="session")
+def artifact(lone_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX file of the lone run; tests leave it as it is."""
+    path = tmp_path_factory.mktemp("artifacts") / "lone.onnx"
+    assert main(["export", str(lone_run), "-t", "onnxruntime", "-o", str(path)]) == 0
+    return path
 
 
 @pytest.fixture

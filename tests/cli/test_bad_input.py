@@ -180,30 +180,30 @@ def test_no_run_there(run: Run, tmp_path: Path, command: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "network.pt2", "layers.safetensors"])
-def test_damaged_run(run: Run, finished_run: Path, tmp_path: Path, file: str) -> None:
+def test_damaged_run(run: Run, lone_run: Path, tmp_path: Path, file: str) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("artifacts"))
+    shutil.copytree(lone_run, folder, ignore=shutil.ignore_patterns("artifacts"))
     (folder / file).write_bytes((folder / file).read_bytes()[:100])
     _fails(run("export", folder), "run", "compress")
     assert not (folder / "artifacts").exists()
 
 
-def test_unmeasured_run_has_no_report(run: Run, finished_run: Path, tmp_path: Path) -> None:
+def test_unmeasured_run_has_no_report(run: Run, lone_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder)
+    shutil.copytree(lone_run, folder)
     (folder / "measurements.json").unlink(missing_ok=True)
     _fails(run("report", folder), "measurements.json")
 
 
 @pytest.mark.parametrize("command", ["bench", "audit"])
-def test_unknown_runtime(run: Run, finished_run: Path, command: str) -> None:
-    _fails(run(command, finished_run, "--runtime", "abacus"), "abacus", "onnxruntime")
+def test_unknown_runtime(run: Run, lone_run: Path, command: str) -> None:
+    _fails(run(command, lone_run, "--runtime", "abacus"), "abacus", "onnxruntime")
 
 
 @pytest.mark.parametrize("command", ["bench", "audit", "run"])
 def test_missing_runtime_names_the_command_that_installs_it(
     run: Run,
-    finished_run: Path,
+    lone_run: Path,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -212,7 +212,7 @@ def test_missing_runtime_names_the_command_that_installs_it(
     from obc_deploy.runtimes import environments
 
     monkeypatch.setattr(environments, "search_folders", lambda: (tmp_path,))
-    where = (SMALL, "-c", data, "-o", tmp_path / "run") if command == "run" else (finished_run,)
+    where = (SMALL, "-c", data, "-o", tmp_path / "run") if command == "run" else (lone_run,)
     answer = run(command, *where, "--runtime", "deepsparse")
     _fails(answer, "DeepSparse", "obc-deploy runtimes install deepsparse")
     assert list(tmp_path.iterdir()) == []
@@ -238,20 +238,20 @@ def test_corrupt_onnx_file(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["bench", "audit"])
-def test_changed_artifact(run: Run, finished_run: Path, tmp_path: Path, command: str) -> None:
-    path = tmp_path / "small.onnx"
-    assert run("export", finished_run, "-t", "onnxruntime", "-o", path).code == 0
-    path.write_bytes(path.read_bytes()[:-1])
-    _fails(run(command, path), "small.onnx", "SHA-256")
+def test_changed_artifact(run: Run, artifact: Path, tmp_path: Path, command: str) -> None:
+    path = tmp_path / artifact.name
+    shutil.copy(artifact.with_name("lone.manifest.json"), tmp_path)
+    path.write_bytes(artifact.read_bytes()[:-1])
+    _fails(run(command, path), "lone.onnx", "SHA-256")
 
 
-def test_export_for_an_unknown_target(run: Run, finished_run: Path) -> None:
-    _fails(run("export", finished_run, "-t", "abacus"), "abacus")
+def test_export_for_an_unknown_target(run: Run, lone_run: Path) -> None:
+    _fails(run("export", lone_run, "-t", "abacus"), "abacus")
 
 
-def test_export_to_an_unwritable_place(run: Run, finished_run: Path, tmp_path: Path) -> None:
+def test_export_to_an_unwritable_place(run: Run, lone_run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    answer = run("export", finished_run, "-t", "onnxruntime", "-o", tmp_path / "file" / "x.onnx")
+    answer = run("export", lone_run, "-t", "onnxruntime", "-o", tmp_path / "file" / "x.onnx")
     _fails(answer, "x.onnx")
 
 

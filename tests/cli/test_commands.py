@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from obc_deploy.targets import TARGETS
 Run = Callable[..., "Answer"]  # noqa: F821
 
 SMALL = "cli_networks:small_network"
-QUICK = ("--rounds", 2, "--samples", 2, "--processes", 1, "--threads", 1)
+QUICK = ("--rounds", 2, "--samples", 3, "--processes", 1, "--threads", 1)
 
 
 def test_version(run: Run) -> None:
@@ -121,7 +124,7 @@ def test_runtimes_remove_takes_the_environment_away(
 
 
 def test_inspect_counts_as_the_shapes_say(run: Run) -> None:
-    answer = run("inspect", SMALL, "--input-shape", "4,8,8", "--json")
+    answer = run("inspect", SMALL, "--input-shape", "4,8,8", "--json", "-")
     assert answer.code == 0
     layers = {layer["name"]: layer for layer in answer.json["layers"]}
     assert layers["3"] == {
@@ -234,30 +237,37 @@ def test_json_goes_to_a_file_and_words_to_stdout(run: Run, tmp_path: Path) -> No
     assert [found.name for found in tmp_path.iterdir()] == ["layers.json"]
 
 
-def test_export_writes_and_checks(run: Run, finished_run: Path, tmp_path: Path) -> None:
+def test_export_writes_and_checks(run: Run, lone_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "small.onnx"
-    answer = run(
-        "export", finished_run, "-t", "onnxruntime", "-o", path, "--dynamic-batch", "--json"
-    )
+    answer = run("export", lone_run, "-t", "onnxruntime", "-o", path, "--dynamic-batch", "--json")
     assert answer.code == 0, answer.err
     assert answer.json["path"] == str(path)
     assert answer.json["size_bytes"] == path.stat().st_size
+    assert answer.json["dynamic_batch"] is True
     assert answer.json["parity"]["relative_error"] <= answer.json["parity"]["tolerance"]
     assert any("no sparse kernels" in note for note in answer.json["preflight"])
-    words = run("export", finished_run, "-o", path, "--no-check", "--batch-size", 2)
-    assert "not compared" in words.out
 
 
-def test_audit_of_a_run_exports_what_is_missing(run: Run, finished_run: Path) -> None:
-    answer = run("audit", finished_run, "--runtime", "onnxruntime", "--threads", 1, "--json")
+def test_export_says_what_it_left_out(run: Run, lone_run: Path, tmp_path: Path) -> None:
+    answer = run("export", lone_run, "-o", tmp_path / "x.onnx", "--no-check", "--batch-size", 2)
     assert answer.code == 0, answer.err
-    file = finished_run / "artifacts" / "onnxruntime" / "model.onnx"
-    assert answer.json["path"] == str(file)
+    assert "not compared" in answer.out
+
+
+def test_audit_of_a_run_exports_what_is_missing(run: Run, lone_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(lone_run, tmp_path / "run")
+    answer = run("audit", folder, "--runtime", "onnxruntime", "--threads", 1, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["path"] == str(folder / "artifacts" / "onnxruntime" / "model.onnx")
     assert answer.json["layers_total"] == 3
     assert all(layer["int8"] for layer in answer.json["layers"])
-    words = run("audit", file, "--threads", 1)
-    assert words.code == 0
-    assert "sparsity makes nothing faster here" in words.out
+
+
+def test_audit_of_an_artifact(run: Run, artifact: Path) -> None:
+    answer = run("audit", artifact, "--threads", 1)
+    assert answer.code == 0, answer.err
+    assert "sparsity makes nothing faster here" in answer.out
+    assert "0 of 3 compressed layers" in answer.out
 
 
 def test_audit_of_a_file_from_elsewhere(run: Run, tmp_path: Path) -> None:
@@ -299,12 +309,12 @@ def test_bench_measures_and_reports(
 def test_run_does_it_all(run: Run, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     answer = run(
-        "run", SMALL, "-c", data, "-s", "w8a8", "--method", "rtn", "--eval", data, "-o", folder,
+        "run", SMALL, "-c", data, "-s", "w8a8", "--method", "rtn", "--no-baselines", "-o", folder,
         "--runtime", "onnxruntime", "--threads", 1, "--rounds", 2, "--samples-per-round", 2,
         "--processes", 1, "--allow-slower", "--json",
     )  # fmt: skip
     assert answer.code == 0, answer.err
-    assert "w8a8" in {row["scheme"] for row in answer.json}
+    assert [row["scheme"] for row in answer.json] == ["w8a8"]
     for name in ("manifest.json", "measurements.json", "report.html"):
         assert (folder / name).is_file()
 
@@ -331,3 +341,24 @@ def test_nothing_measured_is_an_error() -> None:
     failed = measurement(variant="mine", scheme="w8a8", runtime="a", error="it crashed")
     with pytest.raises(MeasurementError, match="it crashed"):
         check_worth([failed], allow_slower=True)
+
+
+def test_a_polite_kill_unwinds_the_stack(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from obc_deploy.runtimes import doctor
+
+    unwound = []
+
+    def killed() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 5)
+        finally:
+            unwound.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(doctor, "diagnose", killed)
+    with pytest.raises(SystemExit) as ended:
+        run("doctor")
+    assert ended.value.code == 143
+    assert unwound == [True]
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help install runtimes demo test lint types tests clean
+
+help:  ## show this text
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found; install one, or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## the environment .venv with the package and its extras
+
+# DeepSparse needs Python 3.8 to 3.11 and packages of its own; without it everything else still works.
+$(VENV)/.runtimes: $(VENV)/.installed
+	@if $(BIN)/obc-deploy runtimes install deepsparse; then touch $@; else \
+	echo "note: going on without DeepSparse; its rows and tests are left out" >&2; fi
+
+runtimes: $(VENV)/.runtimes  ## the runtimes that live in environments of their own
+
+demo: $(VENV)/.runtimes  ## compress, export, run and measure an embedded network
+	$(BIN)/obc-deploy demo
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy -p obc_deploy
+
+# One thread a worker: threads that share cores wait for each other.
+tests: $(VENV)/.runtimes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
+
+test: lint types tests  ## lint, types and all tests, with coverage
+
+clean:  ## remove the environment and what builds and tests left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

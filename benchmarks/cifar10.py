@@ -1,0 +1,183 @@
+"""CIFAR-10 networks: accuracy before and after, predicted against measured speedup.
+
+    python -m obc_deploy.benchmarks.cifar10 --network cifar10_resnet20
+
+needs the trained networks and images that `reference_networks` describes. Writes
+`results/<network>-<method>.json` (measurements with every sample, machine, command) and the same as
+a table, `.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from obc_deploy.benchmarks.comparison import benchmark
+from obc_deploy.benchmarks.measurement import Measurement
+from obc_deploy.benchmarks.reference_networks import load_network, load_samples, shared_data
+from obc_deploy.benchmarks.statistics import wilson_interval
+from obc_deploy.benchmarks.table import markdown_table
+from obc_deploy.compression import CompressedModel, calibrate, compress, dense_baselines
+from obc_deploy.errors import CalibrationError, ObcDeployError
+from obc_deploy.manifest import now, versions, write_json
+from obc_deploy.runtimes.fingerprint import take_fingerprint
+from obc_deploy.targets import DEEPSPARSE
+
+SCHEMES = ("w8a8", "2:4+w8a8", "block4@0.5+w8a8", "block4@0.8+w8a8", "block4@0.9+w8a8")
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def accuracy_rows(models: list[CompressedModel]) -> list[dict[str, Any]]:
+    """Top-1 accuracy of each scheme in PyTorch, quantizers simulated, beside the dense network's."""
+    rows = []
+    for model in models:
+        accuracy = model.manifest.accuracy
+        if accuracy is None:
+            continue
+        low, high = wilson_interval(round(accuracy.compressed * accuracy.samples), accuracy.samples)
+        rows.append(
+            {
+                "scheme": model.scheme,
+                "dense": accuracy.dense,
+                "compressed": accuracy.compressed,
+                "interval": [low, high],
+                "samples": accuracy.samples,
+                "seconds": model.manifest.seconds,
+                "layers": [
+                    {"name": r.name, "scheme": r.scheme, "error": r.error, "density": r.density}
+                    for r in model.manifest.layers
+                ],
+            }
+        )
+    return rows
+
+
+def accuracy_table(rows: list[dict[str, Any]]) -> str:
+    """The same as a Markdown table."""
+    lines = [
+        "| scheme | dense, % | compressed, % | 95 % interval | images | compression, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['scheme']} | {100 * row['dense']:.2f} | {100 * row['compressed']:.2f} | "
+        f"{100 * row['interval'][0]:.2f} to {100 * row['interval'][1]:.2f} | {row['samples']} | "
+        f"{row['seconds']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def evaluate(
+    network: str, *, schemes: tuple[str, ...], method: str, calibration: int, images: int,
+    timed: int, threads: int, seed: int,
+) -> tuple[list[CompressedModel], list[Measurement]]:  # fmt: skip
+    """Compress one network by each scheme, then measure all of them side by side."""
+    shared = shared_data()
+    if shared is None:
+        raise CalibrationError(
+            "the trained networks and images are not here; set OBC_DEPLOY_SHARED to their folder"
+        )
+    test = load_samples(network, "test", shared)
+    calibrated = calibrate(
+        load_network(network, shared),
+        load_samples(network, "calib", shared),
+        limit=calibration,
+        source=network,
+        batch_size=128,
+        levels=schemes,
+        seed=seed,
+    )
+    last = ""
+
+    def say(what: str, share: float) -> None:
+        nonlocal last
+        if what != last:
+            print(what, file=sys.stderr, flush=True)
+            last = what
+
+    models = []
+    for scheme in schemes:
+        print(f"{network}: {scheme}", file=sys.stderr, flush=True)
+        models.append(
+            compress(
+                calibrated,
+                scheme=scheme,
+                target=DEEPSPARSE,
+                fallback="w8a8",
+                method=method,
+                evaluation=test.take(images),
+                baselines=False,
+                seed=seed,
+                progress=say,
+            )  # fmt: skip
+        )
+    # The dense int8 baseline is OBQ's own w8a8 where it was made: the strongest dense rival.
+    dense, int8 = dense_baselines(calibrated, target=DEEPSPARSE)
+    measurements = benchmark(
+        [dense, int8, *models], data=test.take(timed), threads=threads, rounds=8,
+        samples_per_round=20, processes=3, seed=seed, progress=say,
+    )  # fmt: skip
+    return models, measurements
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one network and write its results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", default="cifar10_resnet20")
+    parser.add_argument("--scheme", action="append", help="may be given several times")
+    parser.add_argument("--method", default="exact_obs")
+    parser.add_argument("--calibration", type=int, default=1024, help="calibration images")
+    parser.add_argument("--images", type=int, default=5000, help="test images in PyTorch")
+    parser.add_argument("--timed", type=int, default=1000, help="test images in each runtime")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    try:
+        models, measurements = evaluate(
+            options.network,
+            schemes=tuple(options.scheme or SCHEMES),
+            method=options.method,
+            calibration=options.calibration,
+            images=options.images,
+            timed=options.timed,
+            threads=options.threads,
+            seed=options.seed,
+        )
+    except ObcDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    name = f"{options.network}-{options.method}".replace("_", "-")
+    rows = accuracy_rows(models)
+    command = f"python -m obc_deploy.benchmarks.cifar10 {' '.join(sys.argv[1:])}".strip()
+    # Raw samples by worker stay; the flat copies of them would double the file.
+    kept = [
+        row.model_dump(mode="json", exclude={"latency_ms": {"samples"}, "end_to_end": {"samples"}})
+        for row in measurements
+    ]
+    write_json(
+        options.output / f"{name}.json",
+        {
+            "command": command,
+            "created": now(),
+            "machine": take_fingerprint().as_dict(),
+            "versions": versions(),
+            "accuracy": rows,
+            "measurements": kept,
+        },
+    )
+    machine = take_fingerprint()
+    text = (
+        f"# {options.network}, {options.method}\n\n`{command}`\n\n{machine.cpu}, "
+        f"{options.threads} thread, batch 1.\n\n## Accuracy in PyTorch, quantizers simulated\n\n"
+        f"{accuracy_table(rows)}\n\n## Measured in the runtimes\n\n{markdown_table(measurements)}\n"
+    )
+    (options.output / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
