@@ -13,7 +13,8 @@ from pathlib import Path
 
 from obc_deploy.benchmarks.comparison import benchmark
 from obc_deploy.benchmarks.measurement import Measurement, write_measurements
-from obc_deploy.benchmarks.report import write_report
+from obc_deploy.benchmarks.report import write_plot, write_report
+from obc_deploy.benchmarks.table import markdown_table
 from obc_deploy.compression import calibrate, compress, dense_baselines
 from obc_deploy.errors import RunDirectoryError
 from obc_deploy.targets import DEEPSPARSE
@@ -84,6 +85,7 @@ def run_demo(
 
     say = progress or (lambda what, share: None)
     evaluation = test_samples()
+    _clear(output)
     schemes = QUICK_SCHEMES if quick else SCHEMES
     calibrated = calibrate(
         digits_net(),
@@ -93,7 +95,6 @@ def run_demo(
         levels=schemes,
         seed=seed,
     )
-    _clear(output)
     runs: dict[str, Path] = {}
     baselines = dense_baselines(calibrated, target=DEEPSPARSE, progress=say)
     models = []
@@ -126,4 +127,6 @@ def run_demo(
     file = write_measurements(output / "measurements.json", measurements)
     report = output / "report.html"
     write_report(report, models[-1].manifest.model_dump(mode="json"), measurements)
+    (output / "table.md").write_text(markdown_table(measurements) + "\n", encoding="utf-8")
+    write_plot(output / "predicted.svg", measurements)
     return DemoResult(measurements, report, file, runs)

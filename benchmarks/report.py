@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TEMPLATE = "report.html.jinja"
 
 _INK = "#010203"
+_PLAIN_INK = "#7d8590"
 """Stands for the page's text colour in a plot, so that plots follow light and dark."""
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -538,6 +539,27 @@ def _svg(figure: Figure, salt: str) -> Markup:
     drawing = drawing.replace(_INK, "currentColor")
     # Safe to inline: matplotlib escapes the text it draws.
     return Markup(drawing)
+
+
+def write_plot(path: Path | str, measurements: Sequence[Measurement]) -> Path:
+    """Write the predicted-against-measured plot as an SVG file of its own.
+
+    Raises:
+        ArtifactError: there is nothing to draw, or the file cannot be written.
+    """
+    path = Path(path)
+    drawing = _predictions_plot(measurements)
+    if drawing is None:
+        raise ArtifactError("there is nothing to draw: no measurement has a speedup and a prediction")
+    # Outside a page there is no colour to take over: a grey that reads on light and on dark.
+    text = str(drawing).replace("currentColor", _PLAIN_INK)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as wrong:
+        raise ArtifactError(
+            f"cannot write the plot to '{path}': {wrong.strerror}; choose a writable place"
+        ) from None
+    return path
 
 
 def manifest_of(path: Path | str) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 from torch import Tensor, fx
 
+from obc_deploy.capture import get_tensor, parameter_name
 from obc_deploy.exporters.conv_integer import fold_weight_dequantizers, to_conv_integer
-from obc_deploy.exporters.edit import constant, drop_dead
+from obc_deploy.exporters.edit import add_initializer, constant, drop_dead
 from obc_deploy.exporters.graph import onnx_graph
 from obc_deploy.exporters.parity import Codes
 from obc_deploy.exporters.pooling import means_to_global_average_pools
 from obc_deploy.exporters.qoperator import to_qoperators
-from obc_deploy.quantized_network import QUANTIZE_DEQUANTIZE
+from obc_deploy.quantized_network import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from obc_deploy.targets import Format, Target
 
 if TYPE_CHECKING:
@@ -58,6 +59,26 @@ def _layer_outputs(model: ir.Model, layers: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def _restore_names(model: ir.Model, reference: fx.GraphModule) -> None:
+    """Give every layer constants of its own again, under its own names.
+
+    The exporter keeps one of several equal constants, so equal layers would lose theirs.
+    """
+    makers = {node.outputs[0].name: node for node in model.graph}
+    for node in reference.graph.nodes:
+        maker = makers.get(node.name)
+        if maker is None or node.op != "call_function":
+            continue
+        first = 0 if node.target is DEQUANTIZE else 1
+        for index in range(first, min(first + 2, len(node.args), len(maker.inputs))):
+            name, value = parameter_name(node.args[index]), maker.inputs[index]
+            array = constant(value)
+            if name is None or value is None or array is None or value.name == name:
+                continue
+            if array.shape == tuple(get_tensor(reference, name).shape):
+                maker.replace_input_with(index, add_initializer(model, name, array))
+
+
 def _codes(model: ir.Model, reference: fx.GraphModule) -> dict[str, Codes]:
     """Where each quantizer's codes are; the passes after this keep the names of codes."""
     quantizers = {n.name for n in reference.graph.nodes if n.target is QUANTIZE_DEQUANTIZE}
@@ -94,6 +115,7 @@ def build_onnx(
     """
     graph, reference = onnx_graph(quantized.module, example, dynamic_batch=dynamic_batch)
     means_to_global_average_pools(graph)
+    _restore_names(graph, reference)
     codes = _codes(graph, reference)
     weights = {f"{layer.name}.weight_codes": layer.name for layer in model.layers}
     weights |= {layer.weight_name: layer.name for layer in model.layers}

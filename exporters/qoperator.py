@@ -83,10 +83,11 @@ def _clip_is_saturation(node: ir.Node, scale: float, zero_point: int, code_max: 
 
 
 def _code_max(quantize: ir.Node) -> int:
-    """Largest uint8 code that leaves a QuantizeLinear, with the Max and Min of narrower grids."""
-    low = only_user(quantize.outputs[0])
-    high = only_user(low.outputs[0]) if low is not None and low.op_type == "Max" else None
-    top = constant(high.inputs[1]) if high is not None and high.op_type == "Min" else None
+    """Largest uint8 code that leaves a QuantizeLinear, with the Clip of narrower grids."""
+    clip = only_user(quantize.outputs[0])
+    if clip is None or clip.op_type != "Clip" or len(clip.inputs) < 3:
+        return 255
+    top = constant(clip.inputs[2])
     return 255 if top is None else int(top)
 
 
