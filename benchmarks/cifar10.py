@@ -30,7 +30,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def accuracy_rows(models: list[CompressedModel]) -> list[dict[str, Any]]:
-    """Top-1 accuracy of each scheme in PyTorch, quantizers simulated, beside the dense network's."""
+    """Top-1 accuracies in PyTorch, quantizers simulated, beside the dense network's."""
     rows = []
     for model in models:
         accuracy = model.manifest.accuracy
@@ -111,9 +111,8 @@ def evaluate(
                 baselines=False,
                 seed=seed,
                 progress=say,
-            )  # fmt: skip
+            )
         )
-    # The dense int8 baseline is OBQ's own w8a8 where it was made: the strongest dense rival.
     dense, int8 = dense_baselines(calibrated, target=DEEPSPARSE)
     measurements = benchmark(
         [dense, int8, *models], data=test.take(timed), threads=threads, rounds=8,

@@ -550,7 +550,7 @@ def write_plot(path: Path | str, measurements: Sequence[Measurement]) -> Path:
     path = Path(path)
     drawing = _predictions_plot(measurements)
     if drawing is None:
-        raise ArtifactError("there is nothing to draw: no measurement has a speedup and a prediction")
+        raise ArtifactError("nothing to draw: no measurement has both a speedup and a prediction")
     # Outside a page there is no colour to take over: a grey that reads on light and on dark.
     text = str(drawing).replace("currentColor", _PLAIN_INK)
     try:

@@ -21,7 +21,7 @@ from obc_deploy import manifest as manifests
 from obc_deploy.activations import ActivationRange, RangeMethod, collect_ranges
 from obc_deploy.calibration import LayerStatistics, collect_hessians
 from obc_deploy.capture import Network, capture, get_tensor, set_tensor
-from obc_deploy.corrections import reestimate_batch_norms
+from obc_deploy.corrections import Moments, batch_norm_moments, reestimate_batch_norms
 from obc_deploy.costs import Costs, LayerCost, total
 from obc_deploy.data import Preprocessing, Samples, as_samples
 from obc_deploy.errors import CalibrationError, ObcDeployError, SchemeError
@@ -54,8 +54,8 @@ KEPT_SAMPLES = 32
 """Calibration samples that stay with a compressed model, to check exports on."""
 SHARED_STEP_FACTOR = 1.25
 SHARED_STEP_ERROR = 2e-3
-"""One grid step for a whole layer is kept where the error is at most this factor times the error that
-pruning left, plus this much; else each row gets a step of its own."""
+"""One grid step for a whole layer is kept where the error is at most this factor times the error
+that pruning left, plus this much; else each row gets a step of its own."""
 
 Role = Literal["dense-fp32", "dense-int8", "compressed"]
 Stage = Callable[[str, float], None]
@@ -122,7 +122,7 @@ class CompressedModel:
         )
 
     def module(self, target: Target | str | None = None) -> fx.GraphModule:
-        """A PyTorch module that computes what the target's runtime computes, quantizers included."""
+        """A PyTorch module that computes what the runtime will, quantizers included."""
         placement = as_target(target).placement if target is not None else None
         return self.quantized(placement).module
 
@@ -184,6 +184,7 @@ class CalibratedModel:
         device: where calibration and solving run.
         batch_size: samples that run through the network at a time.
         levels: schemes that will be asked for: one trace of a layer serves all of a kind.
+        moments: statistics of the dense batch norms' inputs, once they were needed.
         pruned: layers pruned so far, by layer, pattern, method, damping and precision.
     """
 
@@ -202,6 +203,7 @@ class CalibratedModel:
     pruned: dict[tuple[str, str, str | None, float, str], CompressedLayer[Tensor]] = field(
         default_factory=dict, repr=False
     )
+    moments: dict[str, Moments] = field(default_factory=dict, repr=False)
 
     def hessians(
         self, layers: Sequence[Layer], dtype: torch.dtype, progress: Stage
@@ -548,8 +550,19 @@ class _Work:
         batches = self.calibrated.samples.batches(
             self.calibrated.batch_size, exact=not network.dynamic_batch
         )
+        reference = self.calibrated.moments
+        if not reference:
+            self.say("re-estimating batch norm", 0.0)
+            reference.update(batch_norm_moments(self.calibrated.network, batches))
+        # A second round starts from the dense statistics again: those are what is aimed at.
+        for norm in find_batch_norms(network.module):
+            for name in (norm.mean_name, norm.variance_name):
+                set_tensor(network.module, name, get_tensor(self.calibrated.network.module, name))
         return reestimate_batch_norms(
-            network, batches, progress=lambda share: self.say("re-estimating batch norm", share)
+            network,
+            batches,
+            reference=reference,
+            progress=lambda share: self.say("re-estimating batch norm", share),
         )
 
     def _problem(

@@ -1,13 +1,24 @@
 """Corrections after compression: batch-norm statistics measured anew on the compressed network.
 
 Compressed layers shift the mean and variance of what follows; the running statistics of training no
-longer fit. Re-estimating them from the calibration samples costs one pass and no labels (OBC,
-arXiv 2208.11580, section 6 and appendix; originally Hubara et al., 2021).
+longer fit. One pass over the calibration samples, without labels, mends that (OBC, arXiv
+2208.11580, section 6 and its statistics correction).
+
+Training saw augmented images, calibration does not: statistics taken from the calibration samples
+alone would move even the dense network. So what is restored is what the dense network did on the
+very same samples: with mean m and deviation s of a batch norm's input on them (d dense, c
+compressed) and its statistics μ, σ from training,
+
+    σ' = σ · s_c / s_d        μ' = m_c - (s_c / s_d) · (m_d - μ)
+
+give the compressed network the dense one's normalised mean and deviation, channel by channel. Where
+nothing was compressed, nothing changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +28,19 @@ from obc_deploy.capture import Network, get_tensor, set_tensor
 from obc_deploy.data import Batches
 from obc_deploy.folding import BATCH_NORM, BatchNorm, find_batch_norms
 
+_LEAST_RATIO = 1e-3
+"""A channel that compression made constant keeps a finite scale."""
 
-class _Moments:
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of a batch norm's input, (channels,) float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class _Stream:
     """Mean and variance of a stream of activations, a channel at a time, in float64."""
 
     def __init__(self) -> None:
@@ -41,31 +63,101 @@ class _Moments:
         self.squares = self.squares + squares + delta**2 * (self.count * count / total)
         self.count = total
 
+    def moments(self) -> Moments:
+        return Moments(self.mean, self.squares / max(self.count - 1, 1))
+
+
+class _InputStatistics(fx.Interpreter):
+    """Runs a graph as it is and streams the input of each batch norm."""
+
+    def __init__(self, module: fx.GraphModule, streams: Mapping[str, _Stream]) -> None:
+        super().__init__(module)
+        self._streams = streams
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; of a batch norm, see the input first."""
+        if n.target is BATCH_NORM:
+            self._streams[n.name].add(self.fetch_args_kwargs_from_env(n)[0][0])
+        return super().run_node(n)
+
 
 class _BatchStatistics(fx.Interpreter):
-    """Runs a graph with every batch norm normalising by its own batch, as in training."""
+    """Runs a graph whose batch norms normalise by their own batch, then aim at the reference."""
 
-    def __init__(self, module: fx.GraphModule, moments: dict[str, _Moments]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        streams: Mapping[str, _Stream],
+        reference: Mapping[str, Moments] | None,
+    ) -> None:
         super().__init__(module)
-        self._moments = moments
+        self._streams = streams
+        self._reference = reference
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; a batch norm normalises with the statistics of this batch."""
-        moments = self._moments.get(n.name)
-        if moments is None or n.target is not BATCH_NORM:
+        if n.target is not BATCH_NORM:
             return super().run_node(n)
-        (values, gamma, beta, _, _, _, eps), _ = self.fetch_args_kwargs_from_env(n)
-        moments.add(values)
+        (values, gamma, beta, mean, variance, _, eps), _ = self.fetch_args_kwargs_from_env(n)
+        self._streams[n.name].add(values)
         output = torch.nn.functional.batch_norm(
-            values, None, None, gamma, beta, training=True, momentum=0.0, eps=eps
+            values, None, None, None, None, training=True, momentum=0.0, eps=eps
         )
+        shape = (1, -1, *([1] * (values.dim() - 2)))
+        if self._reference is not None:
+            dense = self._reference[n.name]
+            sigma = torch.sqrt(variance.double() + eps)
+            spread = (torch.sqrt(dense.variance) / sigma).to(output)
+            shift = ((dense.mean - mean.double()) / sigma).to(output)
+            output = output * spread.reshape(shape) + shift.reshape(shape)
+        if gamma is not None:
+            output = output * gamma.reshape(shape)
+        if beta is not None:
+            output = output + beta.reshape(shape)
         return (output, None, None)
 
 
+def batch_norm_moments(network: Network, batches: Batches) -> dict[str, Moments]:
+    """Mean and variance of each batch norm's input on the samples, by graph node.
+
+    Args:
+        network: the dense network; left as it is.
+        batches: the calibration batches.
+    """
+    streams = {norm.node.name: _Stream() for norm in find_batch_norms(network.module)}
+    if not streams:
+        return {}
+    device = next((p.device for p in network.module.parameters()), torch.device("cpu"))
+    watcher = _InputStatistics(network.module, streams)
+    with torch.no_grad():
+        for batch in batches:
+            watcher.run(*(tensor.to(device) for tensor in batch))
+    return {name: stream.moments() for name, stream in streams.items()}
+
+
+def _corrected(
+    norm: BatchNorm, found: Moments, dense: Moments | None, mean: Tensor, variance: Tensor
+) -> Moments:
+    if dense is None:
+        return found
+    old = variance.double() + norm.eps
+    alive = dense.variance > 0
+    ratio = torch.sqrt(found.variance / torch.where(alive, dense.variance, 1.0))
+    ratio = torch.where(alive, ratio, torch.ones_like(ratio)).clamp(min=_LEAST_RATIO)
+    return Moments(
+        found.mean - ratio * (dense.mean - mean.double()),
+        (old * ratio**2 - norm.eps).clamp(min=0.0),
+    )
+
+
 def reestimate_batch_norms(
-    network: Network, batches: Batches, *, progress: Callable[[float], None] | None = None
+    network: Network,
+    batches: Batches,
+    *,
+    reference: Mapping[str, Moments] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> int:
-    """Replace running means and variances by those of the calibration samples, in place.
+    """Replace running means and variances so that the network behaves as its reference did, in place.
 
     Each batch is normalised by its own statistics on the way, so one pass settles all layers; the
     batches should hold 64 samples or more.
@@ -73,6 +165,8 @@ def reestimate_batch_norms(
     Args:
         network: changed in place.
         batches: the calibration batches.
+        reference: `batch_norm_moments` of the dense network on the same batches; None takes the
+            samples' own statistics instead.
         progress: called with the share of the work done.
 
     Returns:
@@ -81,8 +175,8 @@ def reestimate_batch_norms(
     norms: list[BatchNorm] = find_batch_norms(network.module)
     if not norms:
         return 0
-    moments = {norm.node.name: _Moments() for norm in norms}
-    runner = _BatchStatistics(network.module, moments)
+    streams = {norm.node.name: _Stream() for norm in norms}
+    runner = _BatchStatistics(network.module, streams, reference)
     device = next((p.device for p in network.module.parameters()), torch.device("cpu"))
     with torch.no_grad():
         for seen, batch in enumerate(batches, start=1):
@@ -90,9 +184,10 @@ def reestimate_batch_norms(
             if progress is not None:
                 progress(seen / len(batches))
     for norm in norms:
-        found = moments[norm.node.name]
-        old = get_tensor(network.module, norm.mean_name)
-        variance = found.squares / max(found.count - 1, 1)
-        set_tensor(network.module, norm.mean_name, found.mean.to(old))
-        set_tensor(network.module, norm.variance_name, variance.to(old))
+        mean = get_tensor(network.module, norm.mean_name)
+        variance = get_tensor(network.module, norm.variance_name)
+        dense = None if reference is None else reference[norm.node.name]
+        new = _corrected(norm, streams[norm.node.name].moments(), dense, mean, variance)
+        set_tensor(network.module, norm.mean_name, new.mean.to(mean))
+        set_tensor(network.module, norm.variance_name, new.variance.to(variance))
     return len(norms)

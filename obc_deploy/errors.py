@@ -1,7 +1,7 @@
 """The exception tree: every error a user can cause, each one line naming the value, place and fix.
 
-The command line prints the message and exits with `exit_code`; Python callers catch `ObcDeployError`
-or one of its children.
+The command line prints the message and exits with `exit_code`; Python callers catch
+`ObcDeployError` or one of its children.
 """
 
 
@@ -52,7 +52,7 @@ class ArtifactError(ObcDeployError):
 
 
 class RuntimeMissingError(ObcDeployError):
-    """A runtime that is not installed or does not work here; the message has the install command."""
+    """A runtime that is not installed or does not work; the message has the install command."""
 
 
 class RuntimeFailedError(ObcDeployError):

@@ -48,6 +48,14 @@ _OPERATORS: dict[object, LayerKind] = {
     aten.conv_transpose2d.input: LayerKind.CONV_TRANSPOSE2D,
 }
 
+_ELEMENTWISE = frozenset(
+    {
+        aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.expand.default,
+        aten.cat.default, aten.slice.Tensor,
+    }
+)  # fmt: skip
+"""Operators that take a parameter as a value of its own (a position embedding, a mask)."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -191,7 +199,8 @@ def find_layers(network: Network) -> tuple[list[Layer], list[UnsupportedLayer]]:
             if name is None or name not in dict(module.named_parameters()):
                 continue
             tensor = get_tensor(module, name)
-            if tensor.dim() >= 2 and min(tensor.shape) > 1:
+            wide = sum(size > 1 for size in tensor.shape) > 1
+            if wide and node.target not in _ELEMENTWISE:
                 owner = _module_name(name)
                 operator_name = str(node.target)
                 unsupported[owner] = UnsupportedLayer(

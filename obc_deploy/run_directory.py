@@ -129,20 +129,22 @@ def _write(model: CompressedModel, folder: Path) -> None:
     write_json(folder / FILE_NAME, model.manifest)
 
 
-def load_run(folder: Path | str) -> CompressedModel:
-    """A compressed model from its run directory, with its baselines.
+def load_run(folder: Path | str, *, baselines: bool = True) -> CompressedModel:
+    """A compressed model from its run directory, with its baselines unless they are not wanted.
 
     Raises:
         RunDirectoryError: it is no run directory, or is damaged.
     """
     folder = Path(folder)
     model = _read(folder)
-    baselines = tuple(
+    if not baselines:
+        return model
+    found = tuple(
         _read(folder / BASELINES / role)
         for role in ("dense-fp32", "dense-int8")
         if (folder / BASELINES / role / FILE_NAME).is_file()
     )
-    return replace(model, baselines=baselines)
+    return replace(model, baselines=found)
 
 
 def _read(folder: Path) -> CompressedModel:

@@ -1,4 +1,4 @@
-"""Real trained CIFAR-10 networks through the whole way: accuracy before, after, and in the runtime."""
+"""Real trained CIFAR-10 networks the whole way: accuracy before, after, and in the runtime."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def export(
         say("loading the run", 0.0)
         from obc_deploy.run_directory import load_run
 
-        model = load_run(run)
+        model = load_run(run, baselines=False)
         say(f"exporting for {goal.name}", 0.3)
         artifact = model.export(
             file, goal, dynamic_batch=dynamic_batch, batch_size=batch_size, check=not no_check
@@ -188,7 +188,7 @@ def _artifact_of(run: Path, goal: Target, say: Stage) -> Artifact:
     if file.is_file():
         return load_artifact(file)
     say(f"exporting for {goal.name}", 0.0)
-    return load_run(run).export(file, goal)
+    return load_run(run, baselines=False).export(file, goal)
 
 
 def _audit(runtime: str, file: Path, threads: int | None, batch_size: int) -> Audit:
