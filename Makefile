@@ -18,7 +18,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/python -m pip install -qq --editable '.[demo,dev]'
 	@touch $@
 
 install: $(VENV)/.installed  ## the environment .venv with the package and its extras

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from obc_deploy.artifacts import Artifact, file_sha256, manifest_path
 from obc_deploy.data import first_line
-from obc_deploy.errors import ExportError
+from obc_deploy.errors import ExportError, RuntimeFailedError
 from obc_deploy.manifest import ArtifactLayer, ArtifactManifest, write_json
 from obc_deploy.targets import Format, Target
 
@@ -169,7 +169,18 @@ def _runner(target: Target, path: Path, batch_size: int) -> Iterator[tuple[Run, 
     from obc_deploy.runtimes.session import open_session
 
     if target.runtime != "onnxruntime" and runtime_info(target.runtime).works:
-        with open_session(target.runtime, path, threads=1, batch_size=batch_size) as session:
+        try:
+            opened = open_session(target.runtime, path, threads=1, batch_size=batch_size)
+        except RuntimeFailedError as error:
+            fix = "export for another target"
+            if target.one_weight_step:
+                fix = (
+                    f"compress with --target {target.name}, which gives each layer one weight scale"
+                )
+            raise ExportError(
+                f"{target.name} cannot run the exported file; {fix} ({error})"
+            ) from error
+        with opened as session:
             names = [spec.name for spec in session.inputs]
 
             def run_there(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:

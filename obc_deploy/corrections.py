@@ -157,7 +157,7 @@ def reestimate_batch_norms(
     reference: Mapping[str, Moments] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> int:
-    """Replace running means and variances so that the network behaves as its reference did, in place.
+    """Replace running means and variances, in place: the network then behaves as its reference.
 
     Each batch is normalised by its own statistics on the way, so one pass settles all layers; the
     batches should hold 64 samples or more.
