@@ -119,7 +119,7 @@ def run_demo(
         threads=threads,
         rounds=2 if quick else 8,
         samples_per_round=5 if quick else 20,
-        processes=1 if quick else 3,
+        processes=1 if quick else 2,
         artifacts=output / "artifacts",
         seed=seed,
         progress=progress,

@@ -185,6 +185,14 @@ def wilson_interval(correct: int, count: int, *, level: float = DEFAULT_LEVEL) -
     return low, high
 
 
+_NOISE = ("only ", "noisy:", "drift:", "two speeds:", "worker processes", "cannot tell")
+
+
+def is_noise(message: str) -> bool:
+    """Whether a warning is about the timings' spread, not about what was measured."""
+    return message.startswith(_NOISE)
+
+
 def noise_warnings(workers: Workers, *, enough: int = ENOUGH_SAMPLES) -> list[str]:
     """What makes these timings less than trustworthy, each with its figure and its remedy.
 

@@ -175,6 +175,9 @@ def find_python(environment: Environment, python: Path | None = None) -> Path:
     )
 
 
+_TELLING = ("Collecting", "Installing", "Successfully", "ERROR")
+
+
 def _run(command: list[str | Path], what: str, say: Callable[[str], None]) -> None:
     """Run a step, passing its output on line by line.
 
@@ -195,8 +198,10 @@ def _run(command: list[str | Path], what: str, say: Callable[[str], None]) -> No
         try:
             for line in process.stdout:
                 if text := line.strip():
-                    say(text)
                     tail.append(text)
+                    # Of an installer's chatter, what shows that it gets on.
+                    if text.startswith(_TELLING):
+                        say(text)
         except BaseException:
             process.kill()
             raise

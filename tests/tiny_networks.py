@@ -116,6 +116,30 @@ class Plain(nn.Module):
         return self.fc(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
 
 
+class Twins(nn.Module):
+    """Two equal convolutions without bias, as cloned layers are before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.two = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.two.load_state_dict(self.one.state_dict())
+
+    def forward(self, x):
+        return self.two(functional.relu(self.one(x)))
+
+
+class FixedBatch(nn.Module):
+    """A network that takes one sample at a time, for the shape that it flattens to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.fc(x.view(1, -1))
+
+
 SHAPES: dict[type[nn.Module], tuple[int, ...]] = {
     Residual: (3, 8, 8),
     Depthwise: (3, 8, 8),
@@ -124,6 +148,8 @@ SHAPES: dict[type[nn.Module], tuple[int, ...]] = {
     Sequence1d: (3, 16),
     Upsampling: (3, 8, 8),
     Plain: (4, 8, 8),
+    Twins: (4, 6, 6),
+    FixedBatch: (3, 4),
 }
 
 

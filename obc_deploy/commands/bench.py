@@ -110,15 +110,25 @@ def bench_runs(
 
 
 def _show_measurements(out: Output, rows: Sequence[Measurement]) -> None:
+    from obc_deploy.benchmarks.statistics import is_noise
     from obc_deploy.benchmarks.table import rich_table
 
     out.show(rich_table(rows, width=out.console.width))
     about: dict[str, list[str]] = {}
+    spread: set[tuple[str, str]] = set()
     for row in rows:
         for message in (*((row.error,) if row.error else ()), *row.warnings):
-            about.setdefault(message, []).append(row.variant)
+            if is_noise(message):
+                spread.add((row.variant, row.runtime))
+            else:
+                about.setdefault(message, []).append(row.variant)
     for message, names in about.items():
         out.warn(f"{', '.join(dict.fromkeys(names))}: {message}")
+    if spread:
+        out.warn(
+            f"{len(spread)} of {len(rows)} rows have noisy timings: the report says how; stop other "
+            "work on this machine, or take more rounds"
+        )
 
 
 def _write_report(place: Path, run: Path, rows: Sequence[Measurement]) -> Path:
