@@ -115,20 +115,24 @@ def export(
 
 
 def _artifact_layers(
-    model: CompressedModel, int8: Sequence[str], outputs: dict[str, str]
+    model: CompressedModel, int8: Sequence[str], outputs: dict[str, tuple[str, str]]
 ) -> list[ArtifactLayer]:
     records = {record.name: record for record in model.manifest.layers}
     return [
         ArtifactLayer(
             name=layer.name,
-            output=outputs[layer.name],
+            output=outputs[layer.name][1],
             sparse=records[layer.name].density < 1.0,
             int8=layer.name in int8,
-            codes=f"{layer.name}.weight_codes" if layer.name in model.forms else None,
+            codes=_codes_name(outputs[layer.name][0]),
         )
         for layer in model.layers
         if layer.name in outputs
     ]
+
+
+def _codes_name(constant: str) -> str | None:
+    return constant if ".weight_codes" in constant else None
 
 
 def _batches(model: CompressedModel, size: int) -> list[tuple[Tensor, ...]]:

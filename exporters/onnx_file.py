@@ -10,7 +10,13 @@ from torch import Tensor, fx
 
 from obc_deploy.capture import get_tensor, parameter_name
 from obc_deploy.exporters.conv_integer import fold_weight_dequantizers, to_conv_integer
-from obc_deploy.exporters.edit import add_initializer, constant, drop_dead
+from obc_deploy.exporters.edit import (
+    add_initializer,
+    constant,
+    drop_dead,
+    insert_before,
+    producer,
+)
 from obc_deploy.exporters.graph import onnx_graph
 from obc_deploy.exporters.parity import Codes
 from obc_deploy.exporters.pooling import means_to_global_average_pools
@@ -31,7 +37,7 @@ class BuiltOnnx:
         proto: the model.
         reference: the PyTorch graph it was made from; values that both have share their names.
         codes: where the codes of the reference's quantizers are, by node name.
-        outputs: each layer's name to the name of the ONNX value its operator computes.
+        outputs: by layer name, the constant that holds its weight and the ONNX value it computes.
         opset: operator set of the default domain.
         ir_version: file version.
     """
@@ -39,30 +45,31 @@ class BuiltOnnx:
     proto: Any
     reference: fx.GraphModule
     codes: dict[str, Codes]
-    outputs: dict[str, str]
+    outputs: dict[str, tuple[str, str]]
     opset: int
     ir_version: int
 
 
-def _layer_outputs(model: ir.Model, layers: dict[str, str]) -> dict[str, str]:
-    """Output value of the operator that reads each layer's weight (through a DequantizeLinear)."""
-    found: dict[str, str] = {}
+def _layer_outputs(model: ir.Model, layers: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Each layer's weight constant, and the output of the operator that reads it."""
+    found: dict[str, tuple[str, str]] = {}
     for name, value in model.graph.initializers.items():
         layer = layers.get(name or "")
-        if layer is None:
+        if layer is None or name is None:
             continue
         for use in value.uses():
             node = use.node
             while node.op_type in {"DequantizeLinear", "Transpose"} and node.outputs[0].uses():
                 node = next(iter(node.outputs[0].uses())).node
-            found[layer] = node.outputs[0].name or ""
+            found[layer] = name, node.outputs[0].name or ""
     return found
 
 
 def _restore_names(model: ir.Model, reference: fx.GraphModule) -> None:
     """Give every layer constants of its own again, under its own names.
 
-    The exporter keeps one of several equal constants, so equal layers would lose theirs.
+    The exporter keeps one of several equal constants, and one of several equal DequantizeLinear, so
+    equal layers would lose theirs.
     """
     makers = {node.outputs[0].name: node for node in model.graph}
     for node in reference.graph.nodes:
@@ -71,12 +78,36 @@ def _restore_names(model: ir.Model, reference: fx.GraphModule) -> None:
             continue
         first = 0 if node.target is DEQUANTIZE else 1
         for index in range(first, min(first + 2, len(node.args), len(maker.inputs))):
-            name, value = parameter_name(node.args[index]), maker.inputs[index]
-            array = constant(value)
-            if name is None or value is None or array is None or value.name == name:
+            argument, value = node.args[index], maker.inputs[index]
+            merged = producer(value, "DequantizeLinear")
+            if not isinstance(argument, fx.Node) or value is None:
                 continue
-            if array.shape == tuple(get_tensor(reference, name).shape):
-                maker.replace_input_with(index, add_initializer(model, name, array))
+            if argument.target is DEQUANTIZE and argument.name not in makers and merged is not None:
+                own = [
+                    _own_constant(model, reference, part, merged.inputs[place])
+                    for place, part in enumerate(argument.args[:3])
+                ]
+                again = insert_before(
+                    model, maker, "DequantizeLinear", own, {"axis": argument.args[3]},
+                    name=argument.name,
+                )  # fmt: skip
+                again.shape, again.type = value.shape, value.type
+                makers[argument.name] = maker
+                maker.replace_input_with(index, again)
+            else:
+                maker.replace_input_with(index, _own_constant(model, reference, argument, value))
+
+
+def _own_constant(
+    model: ir.Model, reference: fx.GraphModule, argument: object, value: ir.Value | None
+) -> ir.Value | None:
+    """The constant a reference's node reads, under that node's name; the value where it is none."""
+    name, array = parameter_name(argument), constant(value)
+    if name is None or value is None or array is None or value.name == name:
+        return value
+    if array.shape != tuple(get_tensor(reference, name).shape):
+        return value
+    return add_initializer(model, name, array)
 
 
 def _codes(model: ir.Model, reference: fx.GraphModule) -> dict[str, Codes]:

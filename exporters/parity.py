@@ -222,7 +222,7 @@ def _place(node: fx.Node) -> str:
     """The layer that a value comes from, and the value, for a message."""
     source = node
     for _ in range(8):
-        if len(source.args) > 1 and (layer := _layer_name(source.args[1])):
+        if layer := _layer_name(source if source.target is DEQUANTIZE else _weight(source)):
             return f"the first layer that differs is '{layer}' (value '{node.name}')"
         before = source.args[0] if source.args else None
         if not isinstance(before, fx.Node):
@@ -236,7 +236,11 @@ def _layer_name(weight: object) -> str | None:
         weight = weight.args[0]
     name = parameter_name(weight)
     prefix, _, leaf = (name or "").rpartition(".")
-    return prefix if leaf in {"weight", "weight_codes"} else None
+    return prefix if leaf in {"weight", "weight_codes", "bias_codes"} else None
+
+
+def _weight(node: fx.Node) -> object:
+    return node.args[1] if len(node.args) > 1 else None
 
 
 def _beyond_rounding(node: fx.Node, wanted: Array, found: Array) -> str | None:

@@ -126,8 +126,8 @@ def _show_measurements(out: Output, rows: Sequence[Measurement]) -> None:
         out.warn(f"{', '.join(dict.fromkeys(names))}: {message}")
     if spread:
         out.warn(
-            f"{len(spread)} of {len(rows)} rows have noisy timings: the report says how; stop other "
-            "work on this machine, or take more rounds"
+            f"{len(spread)} of {len(rows)} rows have noisy timings: the report says how; stop "
+            "other work on this machine, or take more rounds"
         )
 
 

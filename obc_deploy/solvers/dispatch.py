@@ -235,7 +235,7 @@ def _solve_baseline(
         weight = checked.weight.masked_fill(~mask, 0.0)
         codes = grid = None
         if scheme.quantization is not None:
-            grid = find_grid(checked.weight, scheme.quantization)
+            grid = find_grid(weight, scheme.quantization, shrink=False)
             codes = rtn_codes(weight, mask, grid)
         solved.append(_Solved(scheme, weight, mask, codes, grid))
         progress((done + 1) / len(schemes))

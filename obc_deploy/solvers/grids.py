@@ -54,8 +54,14 @@ class Grid:
         return (codes.to(torch.float32) - zero_point) * scale
 
 
-def find_grid(weight: torch.Tensor, quantization: Quantization) -> Grid:
-    """The best grids of a (rows, cols) weight: one per row, or one per group of its columns."""
+def find_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool = True) -> Grid:
+    """The best grids of a (rows, cols) weight: one per row, or one per group of its columns.
+
+    Args:
+        weight: (rows, cols).
+        quantization: bits, groups, symmetry.
+        shrink: search over shrunk ranges; the whole range is taken otherwise.
+    """
     rows, cols = weight.shape
     code_min, code_max = quantization.code_min, quantization.code_max
     grouped = weight.to(torch.float64).reshape(rows, -1, quantization.group or cols)
@@ -69,7 +75,7 @@ def find_grid(weight: torch.Tensor, quantization: Quantization) -> Grid:
 
     best_loss = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for step in range(_SHRINK_STEPS):
+    for step in range(_SHRINK_STEPS if shrink else 1):
         share = 1.0 - step * _SHRINK_STEP
         scale = share * (high - low) / (code_max - code_min)
         scale = scale.clamp_(min=_SMALLEST_SCALE).to(torch.float32).to(torch.float64)

@@ -1,7 +1,7 @@
 """Round to nearest: code = clamp(round(w / s) + z), each weight on its own.
 
-The baseline of quantization. Grids come from the dense rows, as OBQ's do; pruned weights get the
-code of exact zero.
+The baseline of quantization. Grids span the whole range of a row, with no search; pruned weights
+get the code of exact zero.
 """
 
 from __future__ import annotations

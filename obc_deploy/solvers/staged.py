@@ -20,10 +20,12 @@ from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, precision
 
 
-def shared_grid(weight: torch.Tensor, quantization: Quantization) -> Grid:
+def shared_grid(
+    weight: torch.Tensor, quantization: Quantization, *, shrink: bool = True
+) -> Grid:
     """One grid for all rows of a (rows, cols) weight; its scale is repeated, (rows, 1)."""
     rows = weight.shape[0]
-    one = find_grid(weight.reshape(1, -1), quantization)
+    one = find_grid(weight.reshape(1, -1), quantization, shrink=shrink)
     return Grid(
         one.scale.expand(rows, 1).clone(),
         one.zero_point.expand(rows, 1).clone(),
@@ -71,7 +73,7 @@ def quantize_pruned(
     mask = pruned.mask.to(checked.weight.device)
     weight = pruned.weight.to(checked.weight).masked_fill(~mask, 0.0)
     # Of the pruned rows: survivors have grown to stand in for what is gone.
-    grid = (shared_grid if shared_step else find_grid)(weight, quantization)
+    grid = (shared_grid if shared_step else find_grid)(weight, quantization, shrink=exact)
     if not exact:
         codes = rtn_codes(weight, mask, grid)
     elif scheme.pattern is None:
