@@ -9,7 +9,7 @@ from tiny_networks import Plain, build, samples
 from torch import nn
 
 from obc_deploy.capture import capture, get_tensor
-from obc_deploy.corrections import _Moments, reestimate_batch_norms
+from obc_deploy.corrections import _Stream, reestimate_batch_norms
 from obc_deploy.data import Samples
 
 
@@ -72,9 +72,60 @@ def test_nothing_to_do_without_batch_norms():
 
 def test_moments_merge_in_any_order():
     values = torch.randn(30, 3, 2, dtype=torch.float64) * 2 + 50
-    merged = _Moments()
+    merged = _Stream()
     for part in values.split([1, 10, 2, 17]):
         merged.add(part)
     flat = values.movedim(1, 0).reshape(3, -1)
     torch.testing.assert_close(merged.mean, flat.mean(1))
     torch.testing.assert_close(merged.squares / (flat.shape[1] - 1), flat.var(1))
+
+
+def test_the_reference_leaves_the_dense_network_as_it_is():
+    """μ' = μ and σ' = σ where nothing was compressed, whatever the samples' own statistics."""
+    import torch
+    from torch import nn
+
+    from obc_deploy.capture import capture, get_tensor
+    from obc_deploy.corrections import batch_norm_moments, reestimate_batch_norms
+    from obc_deploy.data import Samples
+    from obc_deploy.folding import find_batch_norms
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2.0)
+    images = torch.randn(64, 3, 8, 8)
+    network = capture(model, (images[:2],))
+    batches = Samples({"x": images.numpy()}).batches(64)
+    reference = batch_norm_moments(network, batches)
+    corrected = network.copy()
+    assert reestimate_batch_norms(corrected, batches, reference=reference) == 1
+    (norm,) = find_batch_norms(network.module)
+    for name in (norm.mean_name, norm.variance_name):
+        torch.testing.assert_close(
+            get_tensor(corrected.module, name), get_tensor(network.module, name)
+        )
+
+
+def test_the_reference_undoes_a_shrunk_layer():
+    """A layer whose output was halved and shifted behaves as before after the correction."""
+    import torch
+    from torch import nn
+
+    from obc_deploy.capture import capture, get_tensor, set_tensor
+    from obc_deploy.corrections import batch_norm_moments, reestimate_batch_norms
+    from obc_deploy.data import Samples
+
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2.0)
+    images = torch.randn(64, 3, 8, 8)
+    network = capture(model, (images[:2],))
+    batches = Samples({"x": images.numpy()}).batches(64)
+    reference = batch_norm_moments(network, batches)
+    changed = network.copy()
+    set_tensor(changed.module, "0.weight", 0.5 * get_tensor(network.module, "0.weight"))
+    set_tensor(changed.module, "0.bias", get_tensor(network.module, "0.bias") + 3.0)
+    reestimate_batch_norms(changed, batches, reference=reference)
+    torch.testing.assert_close(changed.module(images), network.module(images), rtol=1e-3, atol=1e-3)
