@@ -27,9 +27,7 @@ def test_round_to_nearest_export_and_run(name, tmp_path):
     artifact = compressed.export(tmp_path / "model.onnx", target="onnxruntime-qoperator")
     parity = artifact.manifest.parity
     assert parity["relative_error"] <= parity["tolerance"]
-    session = onnxruntime.InferenceSession(
-        str(artifact.path), providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(artifact.path), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images[:1]})
     assert found.shape == (1, 1000)
     assert np.isfinite(found).all()

@@ -20,9 +20,7 @@ from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, precision
 
 
-def shared_grid(
-    weight: torch.Tensor, quantization: Quantization, *, shrink: bool = True
-) -> Grid:
+def shared_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool = True) -> Grid:
     """One grid for all rows of a (rows, cols) weight; its scale is repeated, (rows, 1)."""
     rows = weight.shape[0]
     one = find_grid(weight.reshape(1, -1), quantization, shrink=shrink)
