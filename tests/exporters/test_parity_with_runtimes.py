@@ -36,7 +36,7 @@ def unseen(kind):
 
 
 def check_outputs(found, model, target, x):
-    """Samples agree to float precision unless a sum falls on a rounding tie, and none is further off than one code moves it."""
+    """Equal to float precision unless a sum falls on a tie; never further than a code moves it."""
     with torch.no_grad():
         wanted = model.module(target)(torch.from_numpy(x)).numpy()
     errors = [relative(a, b) for a, b in zip(found, wanted, strict=True)]
