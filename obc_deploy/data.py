@@ -255,13 +255,13 @@ def _from_folder(
                 f"cannot read picture '{path}': {error}; remove or replace it"
             ) from error
         if images.resize is not None:
-            factor = images.resize / min(picture.size)
-            width, height = (max(1, round(side * factor)) for side in picture.size)
+            # As torchvision does it, to the pixel: what trained networks were evaluated with.
+            short = min(picture.size)
+            width, height = (max(1, images.resize * side // short) for side in picture.size)
             if (width, height) != picture.size:
                 picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         if images.crop is not None:
-            left = (picture.size[0] - images.crop) // 2
-            top = (picture.size[1] - images.crop) // 2
+            left, top = (round((side - images.crop) / 2) for side in picture.size)
             picture = picture.crop((left, top, left + images.crop, top + images.crop))
         arrays.append(np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1))
     shapes = {array.shape for array in arrays}
