@@ -57,7 +57,7 @@ class DowndatedInverse:
         else:
             start = problem.inverse.to(settings.dtype)[group]
         diagonal = problem.hessian.diagonal(dim1=1, dim2=2)[group].to(settings.dtype)
-        return cls(start, diagonal, lazy=settings.lazy)
+        return cls(start, diagonal, lazy=settings.update_length())
 
     @property
     def size(self) -> int:

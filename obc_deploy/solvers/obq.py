@@ -69,7 +69,7 @@ def obq_codes_of_survivors(
         # Padding has weight 0, a grid point, and no correlations: its steps change nothing.
         found = _quantize(
             survivors.values(weight).to(settings.dtype),
-            DowndatedInverse(inverse, diagonal, lazy=settings.lazy),
+            DowndatedInverse(inverse, diagonal, lazy=settings.update_length()),
             scale[survivors.rows[:, None], survivors.index],
             zero_point[survivors.rows[:, None], survivors.index],
             grid,

@@ -18,6 +18,7 @@ Result = TypeVar("Result")
 
 _WORTH_THREADS = 1 << 22
 """Entries of all inverses together from which threads of their own pay."""
+_LAZY = 32
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -29,19 +30,25 @@ class SolverSettings:
         dtype: precision in which inverses are down-dated (they are made in float64).
         memory: bytes that the inverses of one batch of rows may take.
         lazy: eliminations whose rank-one updates are kept before the inverse itself is updated; a
-            multiple of the block size.
+            multiple of the block size. None: what was found fastest.
+        native: whether the compiled row solvers work on the CPU; None: where they were built.
     """
 
     dtype: torch.dtype = torch.float32
     memory: int = 1 << 29
-    lazy: int = 32
+    lazy: int | None = None
+    native: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.lazy < BLOCK_SIZE or self.lazy % BLOCK_SIZE:
+        if self.lazy is not None and (self.lazy < BLOCK_SIZE or self.lazy % BLOCK_SIZE):
             raise ProblemError(
                 f"lazy={self.lazy} update vectors do not hold whole blocks; use a multiple of "
                 f"{BLOCK_SIZE}, such as 32"
             )
+
+    def update_length(self, *, wide: bool = False) -> int:
+        """`lazy`, or what was found fastest: twice as many for inverses beyond the cache."""
+        return self.lazy or (2 * _LAZY if wide else _LAZY)
 
     def row_batches(self, rows: int, cols: int, workers: int = 1) -> list[slice]:
         """Slices of rows, near equal, of which `workers` have inverses that fit the memory."""
@@ -64,9 +71,7 @@ class SolverSettings:
         alone: threads that split every small operation would wait for each other thousands of times
         a layer, and for whoever else uses the machine.
         """
-        threads = torch.get_num_threads() if device.type == "cpu" else 1
-        if rows * cols * cols < _WORTH_THREADS:
-            threads = 1
+        threads = worker_threads(rows, cols) if device.type == "cpu" else 1
         batches = self.row_batches(rows, cols, threads)
         shared = _SharedProgress(progress, [batch.stop - batch.start for batch in batches])
         if threads == 1 or len(batches) == 1:
@@ -80,6 +85,11 @@ class SolverSettings:
             shared.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+def worker_threads(rows: int, cols: int) -> int:
+    """CPU threads that a layer's rows are worth."""
+    return torch.get_num_threads() if rows * cols * cols >= _WORTH_THREADS else 1
 
 
 class _StoppedError(Exception):

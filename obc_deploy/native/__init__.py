@@ -1,0 +1,181 @@
+"""The compiled row solvers: C++ for the steps that a greedy run over a row's columns takes.
+
+The library is built with the package where there is a C++ compiler. Without it everything works on
+the torch solver, several times slower; `why_missing` says what is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DISABLE_VARIABLE = "OBC_DEPLOY_NATIVE"
+"""Set to 0 to do without the compiled solvers."""
+
+_POLL_SECONDS = 0.1
+_INT64 = ctypes.c_int64
+_POINTER = ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "obc_instruction_set": (ctypes.c_char_p, ()),
+    "obc_use_instruction_set": (_INT64, (ctypes.c_char_p,)),
+    "obc_prune_columns": (_INT64, (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER)),
+    "obc_prune_blocks": (_INT64, (_POINTER, _INT64, _INT64, _POINTER, _POINTER)),
+    "obc_quantize": (
+        _INT64,
+        (_POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER),
+    ),
+    "obc_replay": (
+        _INT64,
+        (_POINTER, _INT64, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER),
+    ),
+    "obc_selected_solve": (_INT64, (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER)),
+    "obc_update_rate": (ctypes.c_double, (_INT64, _INT64, _INT64, _INT64)),
+}
+
+
+class Control(ctypes.Structure):
+    """Work done so far and whether to stop, shared with running native code."""
+
+    _fields_ = (("done", _INT64), ("stop", _INT64))
+
+
+class Layer(ctypes.Structure):
+    """The C++ side's view of a layer problem; pointers are into tensors the caller keeps."""
+
+    _fields_ = (
+        ("rows", _INT64),
+        ("cols", _INT64),
+        ("groups", _INT64),
+        ("inverse", _POINTER),
+        ("hessian", _POINTER),
+        ("group_of_row", _POINTER),
+        ("weight", _POINTER),
+        ("lazy", _INT64),
+        ("threads", _INT64),
+        ("control", _POINTER),
+    )
+
+
+class InterruptedSolveError(Exception):
+    """The native code stopped because it was told to."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    library: ctypes.CDLL | None
+    why_missing: str
+
+
+@cache
+def _find() -> _Found:
+    if os.environ.get(DISABLE_VARIABLE) == "0":
+        return _Found(None, f"{DISABLE_VARIABLE}=0 switches them off")
+    folder = Path(__file__).parent
+    files = [folder / f"_rows{suffix}" for suffix in EXTENSION_SUFFIXES]
+    file = next((each for each in files if each.is_file()), None)
+    if file is None:
+        return _Found(
+            None, "not built: install a C++17 compiler (g++ or clang++), then the package again"
+        )
+    try:
+        library = ctypes.CDLL(str(file))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, list(arguments)
+    except (OSError, AttributeError) as error:
+        return _Found(None, f"'{file.name}' does not load ({error}): install the package again")
+    return _Found(library, "")
+
+
+def is_available() -> bool:
+    """Whether the compiled solvers were built and load here."""
+    return _find().library is not None
+
+
+def why_missing() -> str:
+    """What keeps the compiled solvers from working, with the fix; empty where they work."""
+    return _find().why_missing
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library, its functions' types set.
+
+    Raises:
+        OSError: there is none; the message says why.
+    """
+    found = _find()
+    if found.library is None:
+        raise OSError(f"the compiled solvers are missing: {found.why_missing}")
+    return found.library
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    name: bytes = library().obc_instruction_set()
+    return name.decode()
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Use one instruction set instead of the best, for tests and comparisons.
+
+    Raises:
+        ValueError: this processor or this build lacks it.
+    """
+    if not library().obc_use_instruction_set(name.encode()):
+        raise ValueError(f"instruction set '{name}' does not work here")
+    try:
+        yield
+    finally:
+        library().obc_use_instruction_set(b"")
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a contiguous CPU tensor's numbers lie."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def run(
+    call: Callable[[], int], control: Control, work: float, progress: Callable[[float], None]
+) -> None:
+    """Run native code beside this thread, which reports progress and passes interrupts on.
+
+    Args:
+        call: the native function with its arguments; returns its outcome.
+        control: the control it was given.
+        work: what `control.done` ends at.
+        progress: told the share of the work done; may raise, which stops the native code.
+
+    Raises:
+        InterruptedSolveError: it was stopped by someone else through `control`.
+        MemoryError: the native code could not get its memory.
+    """
+    outcome: list[int] = []
+    thread = threading.Thread(target=lambda: outcome.append(call()), name="native solver")
+    thread.start()
+    try:
+        thread.join(_POLL_SECONDS / 10)
+        while thread.is_alive():
+            progress(min(1.0, control.done / work))
+            thread.join(_POLL_SECONDS)
+    except BaseException:
+        control.stop = 1
+        thread.join()
+        raise
+    if outcome == [1]:
+        raise InterruptedSolveError
+    if outcome == [2]:
+        raise MemoryError("the native solver could not get its memory; use fewer threads")
+    if outcome != [0]:
+        raise ValueError(f"the native solver ended with outcome {outcome}")

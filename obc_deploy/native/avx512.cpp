@@ -1,0 +1,28 @@
+// The row solvers for AVX-512.
+#include "layer.hpp"
+
+#if defined(__x86_64__)
+
+#define OBC_BYTES 64
+#define OBC_TILE_ROWS 12
+#define OBC_TILE_VECTORS 2
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+
+namespace obc {
+namespace avx512 {
+#include "row_solvers.hpp"
+}  // namespace avx512
+
+constexpr InstructionSet kAvx512 = {"avx512", avx512::solvers<float>(), avx512::solvers<double>(),
+                               avx512::selected_solve};
+}  // namespace obc
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

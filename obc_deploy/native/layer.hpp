@@ -1,0 +1,81 @@
+// What Python hands over: one layer problem, who may stop it, and what is to be found out.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <sys/mman.h>
+
+namespace obc {
+
+// Shared with the caller while the work goes on.
+struct Control {
+    std::atomic<int64_t> done;  // work units finished, of those that `work_of` counts
+    std::atomic<int64_t> stop;  // set by the caller: give up at the next block of steps
+};
+static_assert(sizeof(Control) == 16, "Python reads it as two 64-bit integers");
+
+// Rows of W with the inverse Hessians that their groups share; all matrices row-major.
+struct Layer {
+    int64_t rows;
+    int64_t cols;
+    int64_t groups;
+    const double* inverse;       // (groups, cols, cols) of the damped Hessian
+    const double* hessian;       // (groups, cols, cols) damped
+    const int64_t* group_of_row; // (rows,)
+    const double* weight;        // (rows, cols)
+    int64_t lazy;                // eliminations between two updates of the stored inverse
+    int64_t threads;
+    Control* control;
+};
+
+enum Outcome : int64_t { kSolved = 0, kStopped = 1, kNoMemory = 2, kUnknown = 3 };
+
+struct GroupZeros {  // N:M: `zeros` of each `group` consecutive columns; group = cols: unstructured
+    int64_t group;
+    int64_t zeros;
+};
+
+struct WeightGrid {
+    const double* scale;       // (rows, cols)
+    const double* zero_point;  // (rows, cols)
+    int64_t code_min;
+    int64_t code_max;
+};
+
+// One instruction set's solvers, in one precision.
+struct RowSolvers {
+    Outcome (*prune_columns)(const Layer&, const GroupZeros&, int32_t* order, void* increase);
+    Outcome (*prune_blocks)(const Layer&, int64_t width, int32_t* order, void* increase);
+    Outcome (*quantize)(const Layer&, const WeightGrid&, const uint8_t* mask, int8_t* codes);
+    Outcome (*replay)(const Layer&, const int32_t* order, int64_t steps, int64_t width,
+                      const int64_t* counts, int64_t levels, float* weights);
+    double (*update_rate)(int64_t size, int64_t depth, int64_t repeats);
+};
+
+struct InstructionSet {
+    const char* name;
+    RowSolvers float32;
+    RowSolvers float64;
+    Outcome (*selected_solve)(const Layer&, const double* matrices, const uint8_t* mask,
+                              const double* right, double* solution);
+};
+
+extern const InstructionSet kPortable;
+#if defined(__x86_64__)
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+#endif
+
+}  // namespace obc

@@ -1,0 +1,89 @@
+// The C functions that Python calls, and the choice of instruction set.
+#include "layer.hpp"
+
+namespace obc {
+
+namespace {
+
+const InstructionSet* chosen = nullptr;
+
+const InstructionSet& best() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+        return kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+    return kPortable;
+}
+
+const InstructionSet& now() { return chosen ? *chosen : best(); }
+
+const RowSolvers& solvers(int64_t bits) { return bits == 64 ? now().float64 : now().float32; }
+
+}  // namespace
+
+extern "C" {
+
+const char* obc_instruction_set() { return now().name; }
+
+// Use this set from now on, "" for the best; 0 where the processor or the build lacks it.
+int64_t obc_use_instruction_set(const char* name) {
+    const std::string wanted(name);
+    if (wanted.empty()) {
+        chosen = nullptr;
+        return 1;
+    }
+    const InstructionSet* sets[] = {
+        &kPortable,
+#if defined(__x86_64__)
+        &kAvx2, &kAvx512,
+#endif
+    };
+    const std::string most(best().name);
+    for (const InstructionSet* set : sets) {
+        if (wanted == set->name) {
+            chosen = set;
+            return 1;
+        }
+        if (most == set->name) return 0;  // the sets that follow are beyond this processor
+    }
+    return 0;
+}
+
+int64_t obc_prune_columns(const Layer* layer, int64_t bits, int64_t group, int64_t zeros,
+                          int32_t* order, void* increase) {
+    return solvers(bits).prune_columns(*layer, GroupZeros{group, zeros}, order, increase);
+}
+
+int64_t obc_prune_blocks(const Layer* layer, int64_t bits, int64_t width, int32_t* order,
+                         void* increase) {
+    return solvers(bits).prune_blocks(*layer, width, order, increase);
+}
+
+int64_t obc_quantize(const Layer* layer, int64_t bits, const double* scale,
+                     const double* zero_point, int64_t code_min, int64_t code_max,
+                     const uint8_t* mask, int8_t* codes) {
+    const WeightGrid grid{scale, zero_point, code_min, code_max};
+    return solvers(bits).quantize(*layer, grid, mask, codes);
+}
+
+int64_t obc_replay(const Layer* layer, int64_t bits, const int32_t* order, int64_t steps,
+                   int64_t width, const int64_t* counts, int64_t levels, float* weights) {
+    return solvers(bits).replay(*layer, order, steps, width, counts, levels, weights);
+}
+
+int64_t obc_selected_solve(const Layer* layer, const double* matrices, const uint8_t* mask,
+                           const double* right, double* solution) {
+    return now().selected_solve(*layer, matrices, mask, right, solution);
+}
+
+double obc_update_rate(int64_t bits, int64_t size, int64_t depth, int64_t repeats) {
+    return solvers(bits).update_rate(size, depth, repeats);
+}
+
+}  // extern "C"
+
+}  // namespace obc

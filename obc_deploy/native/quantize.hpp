@@ -1,0 +1,144 @@
+// One row's OBQ: the index p with the least (q(w_p) - w_p)^2 / G_pp is rounded, the rest updated.
+//
+// While the rounding error of some remaining weight exceeds half its step (it lies beyond the
+// grid's end), the worst of those goes first (OBC, arXiv 2208.11580, section 5). With a mask only
+// survivors take part, from the inverse of H restricted to them; the rest keeps its zero point.
+
+template <class T>
+class Quantize {
+  public:
+    Quantize(const Layer& layer, const Start<T>& start, WeightGrid grid, const uint8_t* mask,
+             int8_t* codes)
+        : layer_(layer), start_(start), grid_(grid), mask_(mask), codes_(codes),
+          inverse_(layer.cols, layer.lazy), weight_(inverse_.length), diagonal_(inverse_.length),
+          scale_(inverse_.length), low_(inverse_.length), high_(inverse_.length),
+          floors_(inverse_.length), survivors_(layer.cols),
+          restricted_(mask ? new SweptInverse(layer.cols) : nullptr) {}
+
+    bool run(int64_t row, Progress& progress) {
+        const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
+        const double* weight = layer_.weight + row * cols;
+        const double* scale = grid_.scale + row * cols;
+        const double* zero = grid_.zero_point + row * cols;
+        int8_t* codes = codes_ + row * cols;
+        int64_t count = 0;
+        for (int64_t c = 0; c < cols; ++c) {
+            codes[c] = int8_t(zero[c]);
+            if (!mask_ || mask_[row * cols + c]) survivors_[count++] = int32_t(c);
+        }
+        if (!count) return progress.end_row(cols);
+        const T* floors = start_.floors + group * start_.length;
+        if (mask_) {
+            restricted_->invert(layer_.hessian + group * cols * cols, cols, survivors_.data(),
+                                count, inverse_.room(), inverse_.length);
+            for (int64_t i = 0; i < count; ++i) floors_[i] = floors[survivors_[i]];
+            inverse_.begin_own(floors_, count);
+            if (!progress.on(cols, count)) return false;
+        } else {
+            inverse_.begin(start_.matrices + group * cols * start_.length, start_.length, floors,
+                           cols);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t c = survivors_[i];
+            weight_[i] = T(weight[c]);
+            scale_[i] = T(scale[c]);
+            low_[i] = T(double(grid_.code_min) - zero[c]);
+            high_[i] = T(double(grid_.code_max) - zero[c]);
+        }
+
+        int64_t p = restart();
+        for (int64_t step = 0; step < count; ++step) {
+            const int64_t c = survivors_[inverse_.column[p]];
+            const T q = rounded(all(weight_[p] / scale_[p]), all(T(low_[p])), all(T(high_[p])))[0];
+            codes[c] = int8_t(int64_t(q) + int64_t(zero[c]));
+            if (step + 1 == count) break;
+            p = eliminate(p, q * scale_[p] - weight_[p]);
+            if (inverse_.full()) {
+                const int64_t before = inverse_.size;
+                const Moves& moves = inverse_.compact(1);
+                for (size_t m = 0; m < moves.hole.size(); ++m) {
+                    const int64_t to = moves.hole[m], from = moves.source[m];
+                    weight_[to] = weight_[from];
+                    scale_[to] = scale_[from];
+                    low_[to] = low_[from];
+                    high_[to] = high_[from];
+                }
+                p = restart();
+                if (!progress.on(before, inverse_.size)) return false;
+            }
+        }
+        return progress.end_row(inverse_.size);
+    }
+
+  private:
+    struct Choice {
+        Least<T> cost, outlier;  // the worst outlier is the least of the negated errors
+
+        OBC_INLINE Choice() {}
+
+        OBC_INLINE void meet(Vector<T> w, Vector<T> g, Vector<T> scale, Vector<T> low,
+                             Vector<T> high, Vector<T> closed, Index<T> at) {
+            const Vector<T> miss = rounded(w / scale, low, high) * scale - w;
+            const Vector<T> size = (miss < T(0) ? -miss : miss) - closed;
+            cost.meet(miss * miss / g + closed, at);
+            const Vector<T> never = all(std::numeric_limits<T>::infinity());
+            outlier.meet(size > T(0.5) * scale ? -size : never, at);
+        }
+
+        OBC_INLINE int64_t place() const {
+            T value;
+            const int64_t worst = outlier.first(&value);
+            return worst >= 0 ? worst : cost.first(&value);
+        }
+    };
+
+    static OBC_INLINE Vector<T> rounded(Vector<T> x, Vector<T> low, Vector<T> high) {
+        x = larger<T>(smaller<T>(x, high), low);
+        return (x + Lanes<T>::kMagic) - Lanes<T>::kMagic;
+    }
+
+    int64_t restart() {
+        const int64_t end = whole_vectors<T>(inverse_.size);
+        for (int64_t i = 0; i < inverse_.size; ++i) diagonal_[i] = inverse_.diagonal(i);
+        for (int64_t i = inverse_.size; i < end; ++i) {
+            weight_[i] = low_[i] = high_[i] = T(0);
+            diagonal_[i] = scale_[i] = T(1);
+        }
+        Choice choice;
+        Index<T> at = counting<T>(0);
+        for (int64_t i = 0; i < end; i += kLanes<T>, at += kLanes<T>) {
+            choice.meet(load(weight_ + i), load(diagonal_ + i), load(scale_ + i), load(low_ + i),
+                        load(high_ + i), load(inverse_.closed + i), at);
+        }
+        return inverse_.some_place(choice.place());
+    }
+
+    int64_t eliminate(int64_t p, T miss) {
+        Choice choice;
+        const Index<T> lane = counting<T>(0);
+        T amount = 0;
+        T* weight = weight_;
+        T* diagonal = diagonal_;
+        inverse_.eliminate(
+            p, [&](T root) { amount = miss / root; },
+            [&](int64_t i, Vector<T> v, int) __attribute__((always_inline)) {
+                const Vector<T> w = load(weight + i) + amount * v;
+                const Vector<T> g = larger<T>(load(diagonal + i) - v * v, load(inverse_.floor + i));
+                store(weight + i, w);
+                store(diagonal + i, g);
+                choice.meet(w, g, load(scale_ + i), load(low_ + i), load(high_ + i),
+                            load(inverse_.closed + i), lane + typename Lanes<T>::Integer(i));
+            });
+        return inverse_.some_place(choice.place());
+    }
+
+    const Layer& layer_;
+    const Start<T>& start_;
+    WeightGrid grid_;
+    const uint8_t* mask_;
+    int8_t* codes_;
+    DowndatedInverse<T> inverse_;
+    Buffer<T> weight_, diagonal_, scale_, low_, high_, floors_;
+    std::vector<int32_t> survivors_;
+    std::unique_ptr<SweptInverse> restricted_;
+};

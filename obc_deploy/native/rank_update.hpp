@@ -1,0 +1,114 @@
+// C <- S - V^T V on the lower triangle, V of a few dozen rows: where nearly all the time goes.
+//
+// The panel of V that a strip of columns needs stays in the first-level cache, a tile of C in
+// registers. Tiles that the diagonal crosses write above it too: nobody reads there.
+
+constexpr int kTileRows = OBC_TILE_ROWS;
+constexpr int kTileVectors = OBC_TILE_VECTORS;
+constexpr int64_t kPanelBytes = 192 << 10;
+
+template <class T>
+constexpr int kTileColumns = kTileVectors * kLanes<T>;
+
+template <class T>
+inline int64_t panel_columns(int64_t depth) {
+    const int64_t fits = kPanelBytes / int64_t(sizeof(T)) / depth / kTileColumns<T>;
+    return (fits ? fits : 1) * kTileColumns<T>;
+}
+
+template <class T>
+class RankUpdate {
+  public:
+    RankUpdate(int64_t size, int64_t depth)
+        : left_((size + kTileRows) * depth), right_(panel_columns<T>(depth) * depth) {}
+
+    // V is (depth, size) with rows `vector_length` apart; C and S have rows of their own lengths.
+    void apply(T* c, int64_t c_length, const T* s, int64_t s_length, const T* v,
+               int64_t vector_length, int64_t depth, int64_t size) {
+        pack_left(v, vector_length, depth, size);
+        const int64_t width = panel_columns<T>(depth);
+        for (int64_t start = 0; start < size; start += width) {
+            pack_right(v + start, vector_length, depth, size - start, width);
+            for (int64_t row = start / kTileRows * kTileRows; row < size; row += kTileRows) {
+                const int rows = int(size - row < kTileRows ? size - row : kTileRows);
+                const int64_t last = row + rows < start + width ? row + rows : start + width;
+                const T* left = left_ + row * depth;
+                for (int64_t col = start; col < last; col += kTileColumns<T>) {
+                    const T* right = right_ + (col - start) * depth;
+                    T* to = c + row * c_length + col;
+                    const T* from = s + row * s_length + col;
+                    if (rows == kTileRows) {
+                        tile<true>(to, c_length, from, s_length, left, right, depth, rows);
+                    } else {
+                        tile<false>(to, c_length, from, s_length, left, right, depth, rows);
+                    }
+                }
+            }
+        }
+    }
+
+  private:
+    // (size / rows of a tile, depth, rows of a tile)
+    void pack_left(const T* v, int64_t length, int64_t depth, int64_t size) {
+        T* to = left_;
+        for (int64_t row = 0; row < size; row += kTileRows) {
+            const int64_t rows = size - row < kTileRows ? size - row : kTileRows;
+            for (int64_t k = 0; k < depth; ++k, to += kTileRows) {
+                for (int64_t i = 0; i < rows; ++i) to[i] = v[k * length + row + i];
+                for (int64_t i = rows; i < kTileRows; ++i) to[i] = T(0);
+            }
+        }
+    }
+
+    // (columns / columns of a tile, depth, columns of a tile), zero beyond `size`
+    void pack_right(const T* v, int64_t length, int64_t depth, int64_t size, int64_t width) {
+        T* to = right_;
+        const int64_t end = size < width ? size : width;
+        for (int64_t col = 0; col < end; col += kTileColumns<T>) {
+            const int64_t cols = end - col < kTileColumns<T> ? end - col : kTileColumns<T>;
+            for (int64_t k = 0; k < depth; ++k, to += kTileColumns<T>) {
+                for (int64_t j = 0; j < cols; ++j) to[j] = v[k * length + col + j];
+                for (int64_t j = cols; j < kTileColumns<T>; ++j) to[j] = T(0);
+            }
+        }
+    }
+
+    template <bool whole>
+    static OBC_INLINE void tile(T* c, int64_t c_length, const T* s, int64_t s_length, const T* left,
+                                const T* right, int64_t depth, int rows) {
+        // What the strip's next rows read is on its way while these are computed.
+        const T* next = s + kTileRows * s_length;
+#pragma GCC unroll 16
+        for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kTileVectors; ++j) {
+                __builtin_prefetch(next + i * s_length + j * kLanes<T>, 1);
+            }
+        }
+        Vector<T> sum[kTileRows][kTileVectors] = {};
+        for (int64_t k = 0; k < depth; ++k) {
+            Vector<T> b[kTileVectors];
+#pragma GCC unroll 16
+            for (int j = 0; j < kTileVectors; ++j) b[j] = load(right + j * kLanes<T>);
+#pragma GCC unroll 16
+            for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 16
+                for (int j = 0; j < kTileVectors; ++j) sum[i][j] += left[i] * b[j];
+            }
+            left += kTileRows;
+            right += kTileColumns<T>;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kTileRows; ++i) {
+            if (whole || i < rows) {
+#pragma GCC unroll 16
+                for (int j = 0; j < kTileVectors; ++j) {
+                    const int64_t at = j * kLanes<T>;
+                    store(c + i * c_length + at, load(s + i * s_length + at) - sum[i][j]);
+                }
+            }
+        }
+    }
+
+    Buffer<T> left_, right_;
+};

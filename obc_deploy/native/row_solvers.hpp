@@ -1,0 +1,88 @@
+// All row solvers of one instruction set: included once for each, in a namespace of its own.
+
+#include "lanes.hpp"
+#include "rank_update.hpp"
+#include "rows.hpp"
+#include "swept_inverse.hpp"
+#include "downdated_inverse.hpp"
+#include "prune_columns.hpp"
+#include "prune_blocks.hpp"
+#include "quantize.hpp"
+#include "replay.hpp"
+#include "selected_solve.hpp"
+
+template <class T>
+Outcome prune_columns(const Layer& layer, const GroupZeros& zeros, int32_t* order, void* increase) {
+    const Start<T> start(layer);
+    return over_rows(layer, [&] {
+        return std::make_unique<PruneColumns<T>>(layer, start, zeros, order,
+                                                 static_cast<T*>(increase));
+    });
+}
+
+template <class T, int width>
+Outcome prune_blocks_of(const Layer& layer, int32_t* order, void* increase) {
+    const Start<T> start(layer);
+    return over_rows(layer, [&] {
+        return std::make_unique<PruneBlocks<T, width>>(layer, start, order,
+                                                       static_cast<T*>(increase));
+    });
+}
+
+template <class T>
+Outcome prune_blocks(const Layer& layer, int64_t width, int32_t* order, void* increase) {
+    switch (width) {
+        case 2: return prune_blocks_of<T, 2>(layer, order, increase);
+        case 4: return prune_blocks_of<T, 4>(layer, order, increase);
+        case 8: return prune_blocks_of<T, 8>(layer, order, increase);
+        case 16: return prune_blocks_of<T, 16>(layer, order, increase);
+        default: return kUnknown;
+    }
+}
+
+template <class T>
+Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask, int8_t* codes) {
+    const Start<T> start(layer);
+    return over_rows(layer, [&] {
+        return std::make_unique<Quantize<T>>(layer, start, grid, mask, codes);
+    });
+}
+
+template <class T>
+Outcome replay(const Layer& layer, const int32_t* order, int64_t steps, int64_t width,
+               const int64_t* counts, int64_t levels, float* weights) {
+    const Start<T> start(layer);
+    return over_rows(layer, [&] {
+        return std::make_unique<Replay<T>>(layer, start, order, steps, width, counts, levels,
+                                           weights);
+    });
+}
+
+inline Outcome selected_solve(const Layer& layer, const double* matrices, const uint8_t* mask,
+                              const double* right, double* solution) {
+    return over_rows(layer, [&] {
+        return std::make_unique<SelectedSolve>(layer, matrices, mask, right, solution);
+    });
+}
+
+// Floating-point operations a second of the rank update alone.
+template <class T>
+double update_rate(int64_t size, int64_t depth, int64_t repeats) {
+    const int64_t length = row_length<T>(size);
+    Buffer<T> matrix((size + kTileRows) * length), vectors(depth * length);
+    T* m = matrix;
+    T* v = vectors;
+    std::fill(m, m + (size + kTileRows) * length, T(1));
+    std::fill(v, v + depth * length, T(1e-3));
+    RankUpdate<T> update(size, depth);
+    update.apply(m, length, m, length, v, length, depth, size);
+    const auto begin = std::chrono::steady_clock::now();
+    for (int64_t i = 0; i < repeats; ++i) update.apply(m, length, m, length, v, length, depth, size);
+    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+    return double(repeats) * double(depth) * double(size) * double(size + 1) / time.count();
+}
+
+template <class T>
+constexpr RowSolvers solvers() {
+    return {prune_columns<T>, prune_blocks<T>, quantize<T>, replay<T>, update_rate<T>};
+}

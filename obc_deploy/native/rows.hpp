@@ -1,0 +1,44 @@
+// Rows are independent: each thread takes the next one, with memory of its own made once.
+
+class Progress {
+  public:
+    explicit Progress(Control* control) : control_(control) {}
+
+    // The row has `after` columns left of `before`; false once the caller wants to stop.
+    bool on(int64_t before, int64_t after) {
+        control_->done.fetch_add(before * before * before - after * after * after,
+                                 std::memory_order_relaxed);
+        return !stopped();
+    }
+    bool end_row(int64_t left) { return on(left, 0); }
+    bool stopped() const { return control_->stop.load(std::memory_order_relaxed) != 0; }
+
+  private:
+    Control* control_;
+};
+
+template <class Make>
+Outcome over_rows(const Layer& layer, Make make) {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> outcome{kSolved};
+    auto work = [&] {
+        try {
+            auto solver = make();
+            Progress progress(layer.control);
+            for (int64_t row; (row = next.fetch_add(1)) < layer.rows;) {
+                if (outcome.load() != kSolved) return;
+                if (!solver->run(row, progress)) {
+                    outcome.store(kStopped);
+                    return;
+                }
+            }
+        } catch (const std::bad_alloc&) {
+            outcome.store(kNoMemory);
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int64_t t = 1; t < layer.threads && t < layer.rows; ++t) threads.emplace_back(work);
+    work();
+    for (std::thread& thread : threads) thread.join();
+    return Outcome(outcome.load());
+}
