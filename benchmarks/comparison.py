@@ -21,10 +21,10 @@ from obc_deploy.artifacts import Artifact, load_artifact
 from obc_deploy.benchmarks.interleaving import Candidate, EndToEnd, measure_interleaved
 from obc_deploy.benchmarks.measurement import Measurement, measurement, with_speedups
 from obc_deploy.costs import Costs, LayerCost, total
+from obc_deploy.data import Preprocessing
 from obc_deploy.errors import ArtifactError, MeasurementError, ObcDeployError
 from obc_deploy.manifest import Manifest
 from obc_deploy.runtimes.audit import Expectation, audit, count_accelerated
-from obc_deploy.runtimes.contract import Preprocessing as WorkerPreprocessing
 from obc_deploy.runtimes.registry import require_runtime, runtime_info
 from obc_deploy.runtimes.session import Session, open_session
 from obc_deploy.targets import TARGETS, Target, as_target
@@ -326,16 +326,12 @@ def _examine(
     )
 
 
-def _worker_preprocessing(samples: Samples) -> WorkerPreprocessing:
+def _preprocessing(samples: Samples) -> Preprocessing:
+    """What the worker does to the raw samples, as `Samples.arrays` does it."""
     first = next(iter(samples.inputs.values()))
-    settings = samples.preprocessing
     if first.dtype != np.uint8:
-        return WorkerPreprocessing()
-    if settings is None:
-        return WorkerPreprocessing(scale=1.0 / 255.0)
-    return WorkerPreprocessing(
-        scale=settings.scale, mean=settings.mean or None, std=settings.std or None
-    )
+        return Preprocessing(scale=1.0)
+    return samples.preprocessing or Preprocessing()
 
 
 def _timed(
@@ -361,9 +357,7 @@ def _timed(
         if samples is not None:
             arrays = _batch(samples, 0, batch_size)
             raw = _batch(samples, 0, batch_size, raw=True)
-            end_to_end = EndToEnd(
-                dict(zip(names, raw, strict=True)), _worker_preprocessing(samples)
-            )
+            end_to_end = EndToEnd(dict(zip(names, raw, strict=True)), _preprocessing(samples))
         else:
             rng = np.random.default_rng(seed)
             arrays = tuple(

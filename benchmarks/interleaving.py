@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from obc_deploy.runtimes.contract import Preprocessing
+    from obc_deploy.data import Preprocessing
     from obc_deploy.solvers.contract import Progress
 
 MIN_SAMPLES_PER_ROUND = 3

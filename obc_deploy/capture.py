@@ -6,10 +6,13 @@ functions, or came as a `.pt2` file, a convolution is a convolution node with a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import logging
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +61,42 @@ class Network:
             warnings.simplefilter("ignore")
             return Network(copy.deepcopy(self.module), self.example, self.dynamic_batch)
 
+    def branch(self) -> Network:
+        """The same network with a graph of its own, its tensors shared until `set_tensor`.
+
+        Networks made from one another differ in a few tensors; what stays the same is held once.
+        """
+        # Parameters of their own, so that moving one network to a device leaves the other.
+        shared: dict[int, Any] = {
+            id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+            for parameter in self.module.parameters()
+        }
+        shared |= {id(buffer): buffer for buffer in self.module.buffers()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = copy.deepcopy(self.module, shared)
+        return Network(module, self.example, self.dynamic_batch)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing its own traceback of an error that becomes one line here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
 
 def _export(model: nn.Module, example: tuple[Tensor, ...], *, dynamic: bool) -> ExportedProgram:
     shapes: Any = None
     if dynamic:
         shapes = tuple({0: torch.export.Dim.AUTO} for _ in example)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.no_grad():
         return torch.export.export(model, example, dynamic_shapes=shapes)
 
 
@@ -72,7 +104,7 @@ def _export_any_batch(
     model: nn.Module, inputs: tuple[Tensor, ...]
 ) -> tuple[ExportedProgram, tuple[Tensor, ...]]:
     """The program with its batch left open, or of one sample where the model fixes the batch."""
-    pair = tuple(_at_batch(tensor, EXAMPLE_BATCH) for tensor in inputs)
+    pair = tuple(at_batch(tensor, EXAMPLE_BATCH) for tensor in inputs)
     one = tuple(tensor[:1] for tensor in inputs)
     try:
         program = _export(model, pair, dynamic=True)
@@ -86,17 +118,47 @@ def _export_any_batch(
     return _export(model, one, dynamic=False), one
 
 
-def _has_dynamic_batch(program: ExportedProgram) -> bool:
+def _input_nodes(program: ExportedProgram) -> list[fx.Node]:
     names = set(program.graph_signature.user_inputs)
-    inputs = [
-        node for node in program.graph.nodes if node.op == "placeholder" and node.name in names
-    ]
-    return all(not isinstance(node.meta["val"].shape[0], int) for node in inputs)
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def _has_dynamic_batch(program: ExportedProgram) -> bool:
+    return all(not isinstance(node.meta["val"].shape[0], int) for node in _input_nodes(program))
+
+
+def input_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    """The names under which a model takes its inputs, in order, as far as it tells."""
+    if isinstance(model, nn.Module):
+        try:
+            return tuple(inspect.signature(model.forward).parameters)
+        except (TypeError, ValueError):
+            return ()
+    return tuple(str(node.target) for node in _input_nodes(model))
+
+
+def _check_inputs(program: ExportedProgram, inputs: Sequence[Tensor]) -> None:
+    """Whether samples of these shapes and types are what an exported program takes."""
+    for node, given in zip(_input_nodes(program), inputs, strict=True):
+        wanted = node.meta["val"]
+        sizes = [size if isinstance(size, int) else None for size in wanted.shape[1:]]
+        fits = len(sizes) == given.dim() - 1 and all(
+            size in (None, found) for size, found in zip(sizes, given.shape[1:], strict=True)
+        )
+        if not fits or given.dtype != wanted.dtype:
+            raise ModelError(
+                f"input '{node.target}' of the exported program takes {_kind(wanted)} samples of "
+                f"shape {tuple(wanted.shape[1:])}, the data has {_kind(given)} ones of shape "
+                f"{tuple(given.shape[1:])}; give such samples, or export the program for these"
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _captured(program: ExportedProgram) -> fx.GraphModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         module = program.run_decompositions({}).module(check_guards=False)
     if not isinstance(module, fx.GraphModule):
         raise ModelError(
@@ -143,6 +205,7 @@ def capture(model: nn.Module | ExportedProgram, example: Sequence[Tensor]) -> Ne
                 "input shape fits the model, and rewrite data-dependent Python control flow in "
                 "forward"
             ) from error
+        module = _captured(program)
     else:
         program = model
         names = program.graph_signature.user_inputs
@@ -151,29 +214,39 @@ def capture(model: nn.Module | ExportedProgram, example: Sequence[Tensor]) -> Ne
                 f"the exported program takes {len(names)} inputs ({', '.join(map(str, names))}), "
                 f"the calibration data has {len(inputs)}; name the .npz keys after the inputs"
             )
+        _check_inputs(program, inputs)
         batch = EXAMPLE_BATCH
         if not _has_dynamic_batch(program):
-            node = next(
-                n for n in program.graph.nodes if n.op == "placeholder" and n.name == names[0]
-            )
-            batch = int(node.meta["val"].shape[0])
-        inputs = tuple(_at_batch(tensor, batch) for tensor in inputs)
-    dynamic = _has_dynamic_batch(program)
-    module = copy.deepcopy(_captured(program))
+            batch = int(_input_nodes(program)[0].meta["val"].shape[0])
+        inputs = tuple(at_batch(tensor, batch) for tensor in inputs)
+        # The program's parameters are the caller's.
+        module = copy.deepcopy(_captured(program))
     _check_finite(module)
     _check_evaluation(module)
-    return Network(module, inputs, dynamic)
+    return Network(module, inputs, _has_dynamic_batch(program))
 
 
-def _at_batch(tensor: Tensor, batch: int) -> Tensor:
+def recapture(network: Network) -> Network:
+    """A captured network captured once more after its graph was edited; parameters are taken over.
+
+    Its nodes then have the names that they will have when it was saved and loaded.
+    """
+    program = _export(network.module, network.example, dynamic=network.dynamic_batch)
+    return Network(_captured(program), network.example, network.dynamic_batch)
+
+
+def at_batch(tensor: Tensor, batch: int) -> Tensor:
+    """The tensor repeated or cut to that many samples."""
     repeats = -(-batch // tensor.shape[0])
     return tensor.repeat(repeats, *([1] * (tensor.dim() - 1)))[:batch].contiguous()
 
 
 def _check_finite(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
+        # A sum keeps every NaN and Inf and needs no memory; it may overflow by itself.
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach().sum())):
+            continue
+        if count := int((~torch.isfinite(tensor)).sum()):
             raise ModelError(
                 f"parameter '{name}' has {count} values that are NaN or Inf; load a checkpoint "
                 "that is finite (torch.isfinite finds the first bad one)"

@@ -20,7 +20,15 @@ from torch import Tensor, fx, nn
 from obc_deploy import manifest as manifests
 from obc_deploy.activations import ActivationRange, RangeMethod, collect_ranges
 from obc_deploy.calibration import LayerStatistics, collect_hessians
-from obc_deploy.capture import Network, capture, get_tensor, set_tensor
+from obc_deploy.capture import (
+    Network,
+    at_batch,
+    capture,
+    get_tensor,
+    input_names,
+    recapture,
+    set_tensor,
+)
 from obc_deploy.corrections import Moments, batch_norm_moments, reestimate_batch_norms
 from obc_deploy.costs import Costs, LayerCost, total
 from obc_deploy.data import Preprocessing, Samples, as_samples
@@ -50,6 +58,8 @@ if TYPE_CHECKING:
 
 DEFAULT_BATCH = 64
 """Samples that run through the network at a time."""
+ROWS_ELEMENTS = 1 << 20
+"""Weights that a baseline works on at a time; it looks at each row of a layer alone."""
 KEPT_SAMPLES = 32
 """Calibration samples that stay with a compressed model, to check exports on."""
 SHARED_STEP_FACTOR = 1.25
@@ -260,7 +270,12 @@ def calibrate(
         ModelError: the model cannot be captured.
     """
     place = str(torch_device(device))
+    if limit is not None and limit < 1:
+        raise CalibrationError(f"limit {limit}: give 1 or more calibration samples")
+    if batch_size < 1:
+        raise CalibrationError(f"batch size {batch_size}: give 1 or more")
     samples = as_samples(calibration, preprocessing=preprocessing).take(limit, seed)
+    samples = _named(samples, input_names(model))
     example = tuple(torch.from_numpy(array) for array in samples.arrays(0, 2))
     network = capture(model, example)
     names = network.input_names
@@ -269,16 +284,17 @@ def calibrate(
             f"the model takes {len(names)} inputs ({', '.join(names)}), '{samples.source}' has "
             f"{len(samples.inputs)} ({', '.join(samples.inputs)})"
         )
-    if set(names) == set(samples.inputs):
-        inputs = {name: samples.inputs[name] for name in names}
-    else:
-        inputs = dict(zip(names, samples.inputs.values(), strict=True))
-    samples = replace(samples, inputs=inputs)
+    samples = replace(samples, inputs=dict(zip(names, samples.inputs.values(), strict=True)))
     if network.batch_size is not None:
         batch_size = network.batch_size
+        if len(samples) < batch_size:
+            raise CalibrationError(
+                f"the model takes batches of {batch_size} and '{samples.source}' has "
+                f"{len(samples)} samples; give {batch_size} or more, or a model of any batch size"
+            )
     layers, unsupported = find_layers(network)
     folded, _, _ = fold_batch_norms(network, layers)
-    folded = _recaptured(folded)
+    folded = recapture(folded)
     folded_layers, _ = find_layers(folded)
     return CalibratedModel(
         _placed(network, place),
@@ -296,9 +312,12 @@ def calibrate(
     )
 
 
-def _recaptured(network: Network) -> Network:
-    """The network captured once more, so that its node names are those a saved file will have."""
-    return capture(network.module, network.example)
+def _named(samples: Samples, names: Sequence[str]) -> Samples:
+    """The samples' inputs in the order of these names, where they are called by them."""
+    wanted = names[: len(samples.inputs)]
+    if set(wanted) != set(samples.inputs):
+        return samples
+    return replace(samples, inputs={name: samples.inputs[name] for name in wanted})
 
 
 def resolve_schemes(
@@ -314,7 +333,7 @@ def resolve_schemes(
     Args:
         layers: the network's layers.
         scheme: what every layer gets.
-        skip: names or shell patterns of layers that stay dense.
+        skip: names or shell patterns of layers that stay dense; one may stand alone.
         layer_schemes: schemes by name or shell pattern; later ones win.
         fallback: what layers get whose shape the default scheme does not divide.
 
@@ -324,7 +343,7 @@ def resolve_schemes(
     """
     chosen = {layer.name: scheme for layer in layers}
     explicit: set[str] = set()
-    for pattern in skip:
+    for pattern in (skip,) if isinstance(skip, str) else skip:
         for layer in select_layers(layers, pattern):
             chosen[layer.name] = DENSE
             explicit.add(layer.name)
@@ -419,7 +438,6 @@ def compress(
         )
     start = time.monotonic()
     say = progress or _silent
-    torch.manual_seed(seed)
     chosen = as_scheme(scheme)
     goal = as_target(target) if target is not None else None
     try:
@@ -428,6 +446,11 @@ def compress(
         known = ", ".join(m.value for m in RangeMethod)
         raise CalibrationError(f"no range method '{ranges}'; use one of {known}") from error
     if isinstance(model, CalibratedModel):
+        if calibration is not None:
+            raise CalibrationError(
+                f"the model was calibrated on '{model.samples.source}' already; leave the "
+                "calibration samples out, or give the model itself"
+            )
         calibrated = model
     else:
         if calibration is None:
@@ -444,6 +467,7 @@ def compress(
         layers, chosen, skip=skip, layer_schemes=layer_schemes,
         fallback=None if fallback is None else as_scheme(fallback),
     )  # fmt: skip
+    evaluated = _evaluation(calibrated, evaluation, preprocessing)
     work = _Work(calibrated, schemes, goal, method, damping, dtype, bn_reestimate, say)
     network, forms, reestimated = work.run()
     points = quantization_points(network, calibrated.folded_layers)
@@ -474,7 +498,7 @@ def compress(
         ),
         baselines=dense_baselines(calibrated, target=goal, progress=say) if baselines else (),
     )
-    accuracy = _accuracy(calibrated, made, evaluation, preprocessing, say)
+    accuracy = None if evaluated is None else _accuracy(calibrated, made, evaluated, say)
     predicted = made.costs.predicted_speedup
     return replace(
         made,
@@ -522,7 +546,7 @@ class _Work:
         statistics: Mapping[str, LayerStatistics] = {}
         if active and needs_hessian(self.method):
             statistics = calibrated.hessians(active, torch.float64, self.say)
-        network = calibrated.network.copy()
+        network = calibrated.network.branch()
         forms = self._prune(network, active, statistics)
         shared = self.target is not None and self.target.one_weight_step
         pruned_any = any(self.schemes[layer.name].pattern for layer in active)
@@ -616,10 +640,15 @@ class _Work:
         *,
         shared_step: bool,
     ) -> CompressedLayer[Tensor]:
-        return quantize_pruned(
-            problem, form, scheme, shared_step=shared_step, method=self.method, dtype=self.dtype,
-            device=self.calibrated.device, progress=report,
-        )  # fmt: skip
+        def solve(part: LayerProblem, pruned: CompressedLayer[Tensor]) -> CompressedLayer[Tensor]:
+            return quantize_pruned(
+                part, pruned, scheme, shared_step=shared_step, method=self.method,
+                dtype=self.dtype, device=self.calibrated.device, progress=report,
+            )  # fmt: skip
+
+        if shared_step or needs_hessian(self.method):
+            return solve(problem, form)
+        return _by_rows(problem, form, solve)
 
     def _dense(self, layer: Layer) -> Tensor:
         weight = get_tensor(self.calibrated.network.module, layer.weight_name)
@@ -642,7 +671,7 @@ class _Work:
             if pattern.is_dense:
                 mask = torch.ones_like(matrix, dtype=torch.bool)
                 forms[layer.name] = CompressedLayer(
-                    scheme, matrix.clone(), mask, None, None, None, 0.0, self.method or "exact_obs"
+                    scheme, matrix, mask, None, None, None, 0.0, self.method or "exact_obs"
                 )
             else:
                 solved = self._pruned(layer, matrix, pattern, statistics, report)
@@ -690,6 +719,40 @@ class _Work:
         return results
 
 
+def _by_rows(
+    problem: LayerProblem,
+    form: CompressedLayer[Tensor],
+    solve: Callable[[LayerProblem, CompressedLayer[Tensor]], CompressedLayer[Tensor]],
+) -> CompressedLayer[Tensor]:
+    """Some rows of a layer at a time: the largest layers of networks take gigabytes in float64."""
+    rows, cols = problem.weight.shape
+    step = max(1, ROWS_ELEMENTS // cols)
+    if step >= rows:
+        return solve(problem, form)
+    parts = []
+    lost = whole = 0.0
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        given = problem.weight[some]
+        pruned = replace(form, weight=form.weight[some], mask=form.mask[some])
+        parts.append(solve(replace(problem, weight=given), pruned))
+        lost += float((given - parts[-1].weight).double().square().sum())
+        whole += float(given.double().square().sum())
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    return replace(
+        parts[0],
+        weight=joined("weight"),
+        mask=form.mask,
+        codes=joined("codes"),
+        scale=joined("scale"),
+        zero_point=joined("zero_point"),
+        error=lost / whole if whole > 0.0 else lost,
+    )
+
+
 def _set_weight(network: Network, layer: Layer, matrix: Tensor) -> None:
     old = get_tensor(network.module, layer.weight_name)
     set_tensor(network.module, layer.weight_name, matrix_to_weight(layer, matrix).to(old))
@@ -702,7 +765,7 @@ def _into(
     forms: Mapping[str, CompressedLayer[Tensor]],
 ) -> Network:
     """The folded tensors in a copy of the canonical folded graph, on the CPU."""
-    result = skeleton.copy()
+    result = skeleton.branch()
     names = [
         name for name, _ in (*result.module.named_parameters(), *result.module.named_buffers())
     ]
@@ -810,51 +873,95 @@ def _manifest(
 
 
 def predictions(
-    module: nn.Module, samples: Samples, *, batch_size: int = DEFAULT_BATCH, device: str = "cpu"
+    module: nn.Module,
+    samples: Samples,
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    device: str = "cpu",
+    fixed_batch: bool = False,
 ) -> Tensor:
-    """(n,) int64 classes with the largest first output, on the CPU."""
+    """(n,) int64 classes with the largest first output, on the CPU.
+
+    Args:
+        module: computes the outputs.
+        samples: its inputs.
+        batch_size: samples that run at a time.
+        device: where they run.
+        fixed_batch: the module takes batches of this very size; the last one is filled up.
+    """
     found = []
     module = module.to(device)
     with torch.no_grad():
         for batch in samples.batches(batch_size):
+            if fixed_batch:
+                batch = tuple(at_batch(tensor, batch_size) for tensor in batch)
             output = module(*(tensor.to(device) for tensor in batch))
             first = output[0] if isinstance(output, tuple | list) else output
             found.append(first.flatten(1).argmax(1).cpu())
-    return torch.cat(found)
+    return torch.cat(found)[: len(samples)]
 
 
 def top1(
-    module: nn.Module, samples: Samples, *, batch_size: int = DEFAULT_BATCH, device: str = "cpu"
+    module: nn.Module,
+    samples: Samples,
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    device: str = "cpu",
+    fixed_batch: bool = False,
 ) -> float:
-    """Share of samples whose largest first output is their label.
+    """Share of samples whose largest first output is their label; arguments as in `predictions`.
 
     Raises:
         CalibrationError: the samples have no labels.
     """
     if samples.labels is None:
         raise CalibrationError(f"'{samples.source}' has no labels to measure accuracy against")
-    guesses = predictions(module, samples, batch_size=batch_size, device=device)
+    guesses = predictions(
+        module, samples, batch_size=batch_size, device=device, fixed_batch=fixed_batch
+    )
     return float((guesses == torch.from_numpy(samples.labels)).double().mean())
 
 
-def _accuracy(
-    calibrated: CalibratedModel,
-    made: CompressedModel,
-    evaluation: object,
-    preprocessing: Preprocessing | None,
-    say: Stage,
-) -> manifests.Accuracy | None:
+def _evaluation(
+    calibrated: CalibratedModel, evaluation: object, preprocessing: Preprocessing | None
+) -> Samples | None:
+    """The evaluation samples, known to be usable before the work and not after."""
     if evaluation is None:
         return None
-    samples = as_samples(
-        evaluation, preprocessing=preprocessing or calibrated.samples.preprocessing
+    own = isinstance(evaluation, Samples) and evaluation.preprocessing is not None
+    usual = None if own else calibrated.samples.preprocessing
+    samples = as_samples(evaluation, preprocessing=preprocessing or usual)
+    if samples.labels is None:
+        raise CalibrationError(f"'{samples.source}' has no labels to measure accuracy against")
+    samples = _named(samples, calibrated.network.input_names)
+    wanted, given = (
+        [array.shape[1:] for array in each.arrays(0, 1)] for each in (calibrated.samples, samples)
     )
-    size = calibrated.batch_size
+    if wanted != given:
+        raise CalibrationError(
+            f"the evaluation samples in '{samples.source}' have shape {_shapes(given)}, the "
+            f"calibration samples {_shapes(wanted)}; give samples of one shape"
+        )
+    return samples
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " and ".join("x".join(map(str, shape)) or "()" for shape in shapes)
+
+
+def _accuracy(
+    calibrated: CalibratedModel, made: CompressedModel, samples: Samples, say: Stage
+) -> manifests.Accuracy:
+    def share(module: nn.Module) -> float:
+        return top1(
+            module, samples, batch_size=calibrated.batch_size, device=calibrated.device,
+            fixed_batch=not calibrated.network.dynamic_batch,
+        )  # fmt: skip
+
     say("evaluating the dense model", 0.0)
-    dense = top1(calibrated.network.module, samples, batch_size=size, device=calibrated.device)
+    dense = share(calibrated.network.module)
     say("evaluating the compressed model", 0.5)
-    module = made.module(made.manifest.settings.target)
-    compressed = top1(module, samples, batch_size=size, device=calibrated.device)
+    compressed = share(made.module(made.manifest.settings.target))
     say("evaluating the compressed model", 1.0)
     return manifests.Accuracy(
         dense=dense, compressed=compressed, samples=len(samples), source=samples.source

@@ -78,6 +78,22 @@ class Preprocessing:
         """Plain values, for manifests and workers."""
         return {"scale": self.scale, "mean": list(self.mean), "std": list(self.std)}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """What `as_dict` gave.
+
+        Raises:
+            CalibrationError: it gave something else.
+        """
+        try:
+            scale = float(values["scale"])
+            mean, std = (tuple(float(item) for item in values[name]) for name in ("mean", "std"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"{dict(values)} is no pre-processing; give scale, mean and std"
+            ) from error
+        return cls(scale, mean, std)
+
 
 IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 

@@ -110,7 +110,7 @@ def fold_batch_norms(
     Returns:
         The folded network, its layers (those folded into have a bias now), and the folded forms.
     """
-    folded = network.copy()
+    folded = network.branch()
     module = folded.module
     sites = {site: layer for layer in layers for site in layer.call_sites}
     forms = dict(compressed or {})

@@ -12,6 +12,8 @@ interrupted run leaves nothing that looks finished.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -83,24 +85,43 @@ def save_run(model: CompressedModel, folder: Path, *, overwrite: bool = False) -
     check_free(folder, overwrite=overwrite)
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced.partial")
+    made = _missing_parents(folder)
     try:
-        for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):
+        for abandoned in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
             shutil.rmtree(abandoned, ignore_errors=True)
         _write(model, partial)
         for baseline in model.baselines:
             _write(baseline, partial / BASELINES / baseline.role)
         if folder.exists():
-            shutil.rmtree(folder)
+            # Deleting takes a while: at no time is there half of a run under its name.
+            folder.replace(replaced)
         partial.replace(folder)
     except OSError as error:
-        raise RunDirectoryError(f"cannot write run directory '{folder}': {error}") from error
+        raise RunDirectoryError(
+            f"cannot write run directory '{folder}' ({error.strerror or error}); make room, or "
+            "choose another place"
+        ) from error
     finally:
+        if replaced.exists() and not folder.exists():
+            replaced.replace(folder)
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if not folder.exists():
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
     return folder
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    """Folders above it that are not there yet, the innermost first."""
+    return [parent for parent in folder.parents if not parent.exists()]
 
 
 def _write(model: CompressedModel, folder: Path) -> None:
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -113,7 +134,6 @@ def _write(model: CompressedModel, folder: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(network.module, network.example, dynamic_shapes=shapes)
-        torch.export.save(program, folder / NETWORK)
     tensors: dict[str, Tensor] = {}
     for name, form in model.forms.items():
         tensors[f"{name}/mask"] = form.mask.cpu().contiguous()
@@ -121,7 +141,15 @@ def _write(model: CompressedModel, folder: Path) -> None:
             tensors[f"{name}/codes"] = form.codes.cpu().contiguous()
             tensors[f"{name}/scale"] = form.scale.cpu().contiguous()
             tensors[f"{name}/zero_point"] = form.zero_point.cpu().contiguous()
-    save_file(tensors, folder / LAYERS, metadata={"schema": str(model.manifest.schema_version)})
+    schema = {"schema": str(model.manifest.schema_version)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.save(program, folder / NETWORK)
+        save_file(tensors, folder / LAYERS, metadata=schema)
+    except (RuntimeError, SafetensorError) as error:
+        # What their own writers make of a full disk.
+        raise OSError(first_line(error)) from error
     arrays = {f"input:{name}": array for name, array in model.samples.inputs.items()}
     if model.samples.labels is not None:
         arrays["labels"] = model.samples.labels
@@ -142,7 +170,7 @@ def load_run(folder: Path | str, *, baselines: bool = True) -> CompressedModel:
     found = tuple(
         _read(folder / BASELINES / role)
         for role in ("dense-fp32", "dense-int8")
-        if (folder / BASELINES / role / FILE_NAME).is_file()
+        if (folder / BASELINES / role).exists()
     )
     return replace(model, baselines=found)
 
@@ -173,11 +201,7 @@ def _read(folder: Path) -> CompressedModel:
             f"run directory '{folder}' is damaged ({first_line(error)}); compress again"
         ) from error
     settings = manifest.calibration.preprocessing
-    preprocessing = None
-    if settings is not None:
-        preprocessing = Preprocessing(
-            settings["scale"], tuple(settings["mean"]), tuple(settings["std"])
-        )
+    preprocessing = None if settings is None else Preprocessing.from_dict(settings)
     samples = Samples(inputs, labels, preprocessing, manifest.calibration.source)
     example = tuple(torch.from_numpy(array) for array in samples.arrays(0, 2))
     network = capture(program, example)
@@ -218,7 +242,7 @@ def _forms(
                 "files; compress again"
             )
         matrix = weight_to_matrix(layer, get_tensor(network.module, layer.weight_name))
-        forms[record.name] = CompressedLayer(
+        form = CompressedLayer(
             scheme=scheme,
             weight=matrix,
             mask=tensors[f"{record.name}/mask"],
@@ -228,4 +252,32 @@ def _forms(
             error=record.error if record.error is not None else float("nan"),
             method=manifest.settings.method,
         )
+        if not _is_consistent(form):
+            raise RunDirectoryError(
+                f"run directory '{folder}' is damaged: the codes or the mask of layer "
+                f"'{record.name}' in {LAYERS} are not those of its weights in {NETWORK}; compress "
+                "again"
+            )
+        forms[record.name] = form
     return forms
+
+
+def _is_consistent(form: CompressedLayer[Tensor]) -> bool:
+    """Whether a layer's weight is what its mask allows and what its codes stand for."""
+    weight, mask, codes = form.weight, form.mask, form.codes
+    if mask.shape != weight.shape or bool((weight[~mask] != 0).any()):
+        return False
+    if form.scheme.quantization is None:
+        return codes is None
+    if codes is None or form.scale is None or form.zero_point is None:
+        return False
+    rows, cols = weight.shape
+    if codes.shape != weight.shape or form.scale.dim() != 2:
+        return False
+    groups = form.scale.shape[1]
+    one_each = form.scale.shape == form.zero_point.shape == (rows, groups)
+    if not one_each or groups < 1 or cols % groups:
+        return False
+    grouped = codes.float().reshape(rows, groups, -1)
+    values = (grouped - form.zero_point.float()[:, :, None]) * form.scale[:, :, None]
+    return bool((values.reshape(rows, cols) == weight).all())

@@ -77,29 +77,6 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """What turns raw input into the network's input inside the end-to-end window.
-
-    y = (x * scale - mean) / std, in float32; it applies to the first input.
-
-    Attributes:
-        scale: factor of the raw values (1 / 255 for bytes), or None.
-        mean: one number a channel, or None.
-        std: one number a channel, or None.
-        channels_last: the raw input is (n, height, width, channels).
-    """
-
-    scale: float | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    channels_last: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class SessionOptions:
     """What else a runtime is told when it opens an artifact.
 

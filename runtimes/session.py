@@ -28,7 +28,6 @@ from obc_deploy.errors import (
 )
 from obc_deploy.runtimes.contract import (
     LayerProfile,
-    Preprocessing,
     RuntimeInfo,
     SessionOptions,
     TensorSpec,
@@ -39,6 +38,8 @@ from obc_deploy.runtimes.registry import find_runtime, require_runtime
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from obc_deploy.data import Preprocessing
 
 WORKER = Path(__file__).parent / "worker"
 NO_NUMPY = 78

@@ -188,8 +188,7 @@ def _labelled(name: str, options: o.DataOptions, run: Path) -> Samples:
     if run.is_dir():
         own = read_manifest(run).calibration.preprocessing
     if found.preprocessing is None and own is not None:
-        values = Preprocessing(own["scale"], tuple(own["mean"]), tuple(own["std"]))
-        found = replace(found, preprocessing=values)
+        found = replace(found, preprocessing=Preprocessing.from_dict(own))
     return found
 
 

@@ -40,6 +40,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (_POINTER, _INT64, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER),
     ),
     "obc_selected_solve": (_INT64, (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER)),
+    "obc_find_grid": (_INT64, (_POINTER, _INT64, _POINTER)),
     "obc_update_rate": (ctypes.c_double, (_INT64, _INT64, _INT64, _INT64)),
 }
 
@@ -64,6 +65,24 @@ class Layer(ctypes.Structure):
         ("lazy", _INT64),
         ("threads", _INT64),
         ("control", _POINTER),
+    )
+
+
+class GridSearch(ctypes.Structure):
+    """The C++ side's view of a search for grids, one a row."""
+
+    _fields_ = (
+        ("weight", _POINTER),
+        ("rows", _INT64),
+        ("cols", _INT64),
+        ("code_min", _INT64),
+        ("code_max", _INT64),
+        ("asymmetric", _INT64),
+        ("steps", _INT64),
+        ("shrink", ctypes.c_double),
+        ("least_scale", ctypes.c_double),
+        ("scale", _POINTER),
+        ("zero_point", _POINTER),
     )
 
 

@@ -4,8 +4,8 @@
 #if defined(__x86_64__)
 
 #define OBC_BYTES 64
-#define OBC_TILE_ROWS 12
-#define OBC_TILE_VECTORS 2
+#define OBC_TILE_ROWS 8
+#define OBC_TILE_VECTORS 3
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
@@ -19,7 +19,7 @@ namespace avx512 {
 }  // namespace avx512
 
 constexpr InstructionSet kAvx512 = {"avx512", avx512::solvers<float>(), avx512::solvers<double>(),
-                               avx512::selected_solve};
+                               avx512::selected_solve, avx512::find_grid};
 }  // namespace obc
 
 #if defined(__clang__)

@@ -54,6 +54,18 @@ struct WeightGrid {
     int64_t code_max;
 };
 
+struct GridSearch {
+    const double* weight;  // (rows, cols), one grid a row
+    int64_t rows, cols;
+    int64_t code_min, code_max;
+    int64_t asymmetric;
+    int64_t steps;      // shrink steps, the first of which is the whole range
+    double shrink;      // share of the range that each step takes away
+    double least_scale;
+    float* scale;       // (rows,)
+    int8_t* zero_point; // (rows,)
+};
+
 // One instruction set's solvers, in one precision.
 struct RowSolvers {
     Outcome (*prune_columns)(const Layer&, const GroupZeros&, int32_t* order, void* increase);
@@ -70,6 +82,7 @@ struct InstructionSet {
     RowSolvers float64;
     Outcome (*selected_solve)(const Layer&, const double* matrices, const uint8_t* mask,
                               const double* right, double* solution);
+    Outcome (*find_grid)(const GridSearch&, int64_t threads, Control*);
 };
 
 extern const InstructionSet kPortable;

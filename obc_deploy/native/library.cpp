@@ -80,6 +80,10 @@ int64_t obc_selected_solve(const Layer* layer, const double* matrices, const uin
     return now().selected_solve(*layer, matrices, mask, right, solution);
 }
 
+int64_t obc_find_grid(const GridSearch* search, int64_t threads, Control* control) {
+    return now().find_grid(*search, threads, control);
+}
+
 double obc_update_rate(int64_t bits, int64_t size, int64_t depth, int64_t repeats) {
     return solvers(bits).update_rate(size, depth, repeats);
 }

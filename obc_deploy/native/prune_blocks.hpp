@@ -5,7 +5,7 @@
 // and blocks of G are kept component by component, so that a vector holds neighbouring blocks.
 
 template <class T, int width>
-class PruneBlocks {
+class PruneBlocks final : public RowSolver {
   public:
     PruneBlocks(const Layer& layer, const Start<T>& start, int32_t* order, T* increase)
         : layer_(layer), start_(start), order_(order), increase_(increase),
@@ -13,7 +13,7 @@ class PruneBlocks {
           weight_(width * stride_), floor_(width * stride_), closed_(stride_),
           gram_(kPairs * stride_), part_(width * width * stride_) {}
 
-    bool run(int64_t row, Progress& progress) {
+    bool run(int64_t row, Progress& progress) override {
         const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
         const int64_t steps = cols / width;
         int32_t* order = order_ + row * steps;

@@ -4,7 +4,7 @@
 // 2208.11580, section 4, algorithm 1).
 
 template <class T>
-class PruneColumns {
+class PruneColumns final : public RowSolver {
   public:
     PruneColumns(const Layer& layer, const Start<T>& start, GroupZeros zeros, int32_t* order,
                  T* increase)
@@ -12,7 +12,7 @@ class PruneColumns {
           inverse_(layer.cols, layer.lazy), weight_(inverse_.length), diagonal_(inverse_.length),
           given_(layer.cols / zeros.group), place_(layer.cols) {}
 
-    bool run(int64_t row, Progress& progress) {
+    bool run(int64_t row, Progress& progress) override {
         const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
         const int64_t steps = cols / zeros_.group * zeros_.zeros;
         int32_t* order = order_ + row * steps;

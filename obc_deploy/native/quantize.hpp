@@ -3,9 +3,12 @@
 // While the rounding error of some remaining weight exceeds half its step (it lies beyond the
 // grid's end), the worst of those goes first (OBC, arXiv 2208.11580, section 5). With a mask only
 // survivors take part, from the inverse of H restricted to them; the rest keeps its zero point.
+//
+// Where a row has one grid, weights count in its steps (u = w / s), which drops the scale from the
+// comparison of costs; where its columns have grids of their own the scale is read with each weight.
 
-template <class T>
-class Quantize {
+template <class T, bool one_grid>
+class Quantize final : public RowSolver {
   public:
     Quantize(const Layer& layer, const Start<T>& start, WeightGrid grid, const uint8_t* mask,
              int8_t* codes)
@@ -15,7 +18,7 @@ class Quantize {
           floors_(inverse_.length), survivors_(layer.cols),
           restricted_(mask ? new SweptInverse(layer.cols) : nullptr) {}
 
-    bool run(int64_t row, Progress& progress) {
+    bool run(int64_t row, Progress& progress) override {
         const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
         const double* weight = layer_.weight + row * cols;
         const double* scale = grid_.scale + row * cols;
@@ -40,25 +43,33 @@ class Quantize {
         }
         for (int64_t i = 0; i < count; ++i) {
             const int64_t c = survivors_[i];
-            weight_[i] = T(weight[c]);
-            scale_[i] = T(scale[c]);
+            weight_[i] = T(one_grid ? weight[c] / scale[c] : weight[c]);
+            scale_[i] = T(one_grid ? 1.0 : scale[c]);
             low_[i] = T(double(grid_.code_min) - zero[c]);
             high_[i] = T(double(grid_.code_max) - zero[c]);
+        }
+
+        for (int64_t i = count; one_grid && i < kLanes<T>; ++i) {
+            scale_[i] = T(1);
+            low_[i] = low_[0];
+            high_[i] = high_[0];
         }
 
         int64_t p = restart();
         for (int64_t step = 0; step < count; ++step) {
             const int64_t c = survivors_[inverse_.column[p]];
-            const T q = rounded(all(weight_[p] / scale_[p]), all(T(low_[p])), all(T(high_[p])))[0];
+            const int64_t at = one_grid ? 0 : p;
+            const T q = rounded(all(weight_[p] / scale_[at]), all(T(low_[at])), all(T(high_[at])))[0];
             codes[c] = int8_t(int64_t(q) + int64_t(zero[c]));
             if (step + 1 == count) break;
-            p = eliminate(p, q * scale_[p] - weight_[p]);
+            p = eliminate(p, q * scale_[at] - weight_[p]);
             if (inverse_.full()) {
                 const int64_t before = inverse_.size;
                 const Moves& moves = inverse_.compact(1);
                 for (size_t m = 0; m < moves.hole.size(); ++m) {
                     const int64_t to = moves.hole[m], from = moves.source[m];
                     weight_[to] = weight_[from];
+                    if (one_grid) continue;
                     scale_[to] = scale_[from];
                     low_[to] = low_[from];
                     high_[to] = high_[from];
@@ -71,18 +82,27 @@ class Quantize {
     }
 
   private:
+    struct Bounds {
+        Vector<T> scale, low, high;
+    };
+
     struct Choice {
         Least<T> cost, outlier;  // the worst outlier is the least of the negated errors
 
         OBC_INLINE Choice() {}
 
-        OBC_INLINE void meet(Vector<T> w, Vector<T> g, Vector<T> scale, Vector<T> low,
-                             Vector<T> high, Vector<T> closed, Index<T> at) {
-            const Vector<T> miss = rounded(w / scale, low, high) * scale - w;
+        OBC_INLINE void meet(Vector<T> w, Vector<T> g, Bounds grid, Vector<T> closed, Index<T> at) {
+            const Vector<T> infinite = all(std::numeric_limits<T>::infinity());
+            Vector<T> miss, half = all(T(0.5));
+            if constexpr (one_grid) {
+                miss = rounded(w, grid.low, grid.high) - w;
+            } else {
+                miss = rounded(w / grid.scale, grid.low, grid.high) * grid.scale - w;
+                half = T(0.5) * grid.scale;
+            }
             const Vector<T> size = (miss < T(0) ? -miss : miss) - closed;
             cost.meet(miss * miss / g + closed, at);
-            const Vector<T> never = all(std::numeric_limits<T>::infinity());
-            outlier.meet(size > T(0.5) * scale ? -size : never, at);
+            outlier.meet(size > half ? -size : infinite, at);
         }
 
         OBC_INLINE int64_t place() const {
@@ -97,18 +117,27 @@ class Quantize {
         return (x + Lanes<T>::kMagic) - Lanes<T>::kMagic;
     }
 
+    OBC_INLINE Bounds bounds(int64_t i) const {
+        const int64_t at = one_grid ? 0 : i;  // the first vector has the row's own
+        return {load<T>(scale_ + at), load<T>(low_ + at), load<T>(high_ + at)};
+    }
+
     int64_t restart() {
         const int64_t end = whole_vectors<T>(inverse_.size);
         for (int64_t i = 0; i < inverse_.size; ++i) diagonal_[i] = inverse_.diagonal(i);
         for (int64_t i = inverse_.size; i < end; ++i) {
-            weight_[i] = low_[i] = high_[i] = T(0);
-            diagonal_[i] = scale_[i] = T(1);
+            weight_[i] = T(0);
+            diagonal_[i] = T(1);
+            if (!one_grid) {
+                low_[i] = high_[i] = T(0);
+                scale_[i] = T(1);
+            }
         }
         Choice choice;
         Index<T> at = counting<T>(0);
         for (int64_t i = 0; i < end; i += kLanes<T>, at += kLanes<T>) {
-            choice.meet(load(weight_ + i), load(diagonal_ + i), load(scale_ + i), load(low_ + i),
-                        load(high_ + i), load(inverse_.closed + i), at);
+            choice.meet(load(weight_ + i), load(diagonal_ + i), bounds(i),
+                        load(inverse_.closed + i), at);
         }
         return inverse_.some_place(choice.place());
     }
@@ -116,18 +145,21 @@ class Quantize {
     int64_t eliminate(int64_t p, T miss) {
         Choice choice;
         const Index<T> lane = counting<T>(0);
+        const Bounds shared = bounds(0);
         T amount = 0;
         T* weight = weight_;
         T* diagonal = diagonal_;
+        const T* closed = inverse_.closed;
+        const T* floor = inverse_.floor;
         inverse_.eliminate(
             p, [&](T root) { amount = miss / root; },
             [&](int64_t i, Vector<T> v, int) __attribute__((always_inline)) {
                 const Vector<T> w = load(weight + i) + amount * v;
-                const Vector<T> g = larger<T>(load(diagonal + i) - v * v, load(inverse_.floor + i));
+                const Vector<T> g = larger<T>(load(diagonal + i) - v * v, load(floor + i));
                 store(weight + i, w);
                 store(diagonal + i, g);
-                choice.meet(w, g, load(scale_ + i), load(low_ + i), load(high_ + i),
-                            load(inverse_.closed + i), lane + typename Lanes<T>::Integer(i));
+                choice.meet(w, g, one_grid ? shared : bounds(i), load(closed + i),
+                            lane + typename Lanes<T>::Integer(i));
             });
         return inverse_.some_place(choice.place());
     }

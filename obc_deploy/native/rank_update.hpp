@@ -37,11 +37,8 @@ class RankUpdate {
                     const T* right = right_ + (col - start) * depth;
                     T* to = c + row * c_length + col;
                     const T* from = s + row * s_length + col;
-                    if (rows == kTileRows) {
-                        tile<true>(to, c_length, from, s_length, left, right, depth, rows);
-                    } else {
-                        tile<false>(to, c_length, from, s_length, left, right, depth, rows);
-                    }
+                    pick<kTileVectors>(int((last - col + kLanes<T> - 1) / kLanes<T>), to, c_length,
+                                       from, s_length, left, right, depth, rows);
                 }
             }
         }
@@ -73,7 +70,24 @@ class RankUpdate {
         }
     }
 
-    template <bool whole>
+    // The tile that is no wider than it must be: on the diagonal less is wanted.
+    template <int vectors>
+    static OBC_INLINE void pick(int wanted, T* c, int64_t c_length, const T* s, int64_t s_length,
+                                const T* left, const T* right, int64_t depth, int rows) {
+        if constexpr (vectors > 1) {
+            if (wanted < vectors) {
+                return pick<vectors - 1>(wanted, c, c_length, s, s_length, left, right, depth,
+                                         rows);
+            }
+        }
+        if (rows == kTileRows) {
+            tile<true, vectors>(c, c_length, s, s_length, left, right, depth, rows);
+        } else {
+            tile<false, vectors>(c, c_length, s, s_length, left, right, depth, rows);
+        }
+    }
+
+    template <bool whole, int vectors>
     static OBC_INLINE void tile(T* c, int64_t c_length, const T* s, int64_t s_length, const T* left,
                                 const T* right, int64_t depth, int rows) {
         // What the strip's next rows read is on its way while these are computed.
@@ -81,19 +95,19 @@ class RankUpdate {
 #pragma GCC unroll 16
         for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 16
-            for (int j = 0; j < kTileVectors; ++j) {
+            for (int j = 0; j < vectors; ++j) {
                 __builtin_prefetch(next + i * s_length + j * kLanes<T>, 1);
             }
         }
-        Vector<T> sum[kTileRows][kTileVectors] = {};
+        Vector<T> sum[kTileRows][vectors] = {};
         for (int64_t k = 0; k < depth; ++k) {
-            Vector<T> b[kTileVectors];
+            Vector<T> b[vectors];
 #pragma GCC unroll 16
-            for (int j = 0; j < kTileVectors; ++j) b[j] = load(right + j * kLanes<T>);
+            for (int j = 0; j < vectors; ++j) b[j] = load(right + j * kLanes<T>);
 #pragma GCC unroll 16
             for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 16
-                for (int j = 0; j < kTileVectors; ++j) sum[i][j] += left[i] * b[j];
+                for (int j = 0; j < vectors; ++j) sum[i][j] += left[i] * b[j];
             }
             left += kTileRows;
             right += kTileColumns<T>;
@@ -102,7 +116,7 @@ class RankUpdate {
         for (int i = 0; i < kTileRows; ++i) {
             if (whole || i < rows) {
 #pragma GCC unroll 16
-                for (int j = 0; j < kTileVectors; ++j) {
+                for (int j = 0; j < vectors; ++j) {
                     const int64_t at = j * kLanes<T>;
                     store(c + i * c_length + at, load(s + i * s_length + at) - sum[i][j]);
                 }

@@ -4,7 +4,7 @@
 // which is the same as all at once.
 
 template <class T>
-class Replay {
+class Replay final : public RowSolver {
   public:
     Replay(const Layer& layer, const Start<T>& start, const int32_t* order, int64_t steps,
            int64_t width, const int64_t* counts, int64_t levels, float* weights)
@@ -12,7 +12,7 @@ class Replay {
           counts_(counts), levels_(levels), weights_(weights), inverse_(layer.cols, layer.lazy),
           weight_(inverse_.length), place_(layer.cols) {}
 
-    bool run(int64_t row, Progress& progress) {
+    bool run(int64_t row, Progress& progress) override {
         const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
         const int32_t* order = order_ + row * steps_;
         const int64_t* counts = counts_ + row * levels_;

@@ -10,6 +10,7 @@
 #include "quantize.hpp"
 #include "replay.hpp"
 #include "selected_solve.hpp"
+#include "find_grid.hpp"
 
 template <class T>
 Outcome prune_columns(const Layer& layer, const GroupZeros& zeros, int32_t* order, void* increase) {
@@ -43,8 +44,17 @@ Outcome prune_blocks(const Layer& layer, int64_t width, int32_t* order, void* in
 template <class T>
 Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask, int8_t* codes) {
     const Start<T> start(layer);
-    return over_rows(layer, [&] {
-        return std::make_unique<Quantize<T>>(layer, start, grid, mask, codes);
+    bool one_grid = true;
+    for (int64_t row = 0; row < layer.rows && one_grid; ++row) {
+        const double* scale = grid.scale + row * layer.cols;
+        const double* zero = grid.zero_point + row * layer.cols;
+        for (int64_t c = 1; c < layer.cols && one_grid; ++c) {
+            one_grid = scale[c] == scale[0] && zero[c] == zero[0];
+        }
+    }
+    return over_rows(layer, [&]() -> std::unique_ptr<RowSolver> {
+        if (one_grid) return std::make_unique<Quantize<T, true>>(layer, start, grid, mask, codes);
+        return std::make_unique<Quantize<T, false>>(layer, start, grid, mask, codes);
     });
 }
 
@@ -63,6 +73,11 @@ inline Outcome selected_solve(const Layer& layer, const double* matrices, const 
     return over_rows(layer, [&] {
         return std::make_unique<SelectedSolve>(layer, matrices, mask, right, solution);
     });
+}
+
+inline Outcome find_grid(const GridSearch& search, int64_t threads, Control* control) {
+    return over_rows(search.rows, threads, control,
+                     [&] { return std::make_unique<FindGrid>(search); });
 }
 
 // Floating-point operations a second of the rank update alone.

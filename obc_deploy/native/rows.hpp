@@ -17,15 +17,22 @@ class Progress {
     Control* control_;
 };
 
+// What a thread keeps while it solves rows; `run` is false where it was told to stop.
+class RowSolver {
+  public:
+    virtual ~RowSolver() = default;
+    virtual bool run(int64_t row, Progress& progress) = 0;
+};
+
 template <class Make>
-Outcome over_rows(const Layer& layer, Make make) {
+Outcome over_rows(int64_t rows, int64_t thread_count, Control* control, Make make) {
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> outcome{kSolved};
     auto work = [&] {
         try {
-            auto solver = make();
-            Progress progress(layer.control);
-            for (int64_t row; (row = next.fetch_add(1)) < layer.rows;) {
+            std::unique_ptr<RowSolver> solver = make();
+            Progress progress(control);
+            for (int64_t row; (row = next.fetch_add(1)) < rows;) {
                 if (outcome.load() != kSolved) return;
                 if (!solver->run(row, progress)) {
                     outcome.store(kStopped);
@@ -37,8 +44,13 @@ Outcome over_rows(const Layer& layer, Make make) {
         }
     };
     std::vector<std::thread> threads;
-    for (int64_t t = 1; t < layer.threads && t < layer.rows; ++t) threads.emplace_back(work);
+    for (int64_t t = 1; t < thread_count && t < rows; ++t) threads.emplace_back(work);
     work();
     for (std::thread& thread : threads) thread.join();
     return Outcome(outcome.load());
+}
+
+template <class Make>
+Outcome over_rows(const Layer& layer, Make make) {
+    return over_rows(layer.rows, layer.threads, layer.control, make);
 }

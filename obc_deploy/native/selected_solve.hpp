@@ -2,7 +2,7 @@
 //
 // Right-looking: a block of columns is factored, the rest changed by the rank update. In double.
 
-class SelectedSolve {
+class SelectedSolve final : public RowSolver {
   public:
     SelectedSolve(const Layer& layer, const double* matrices, const uint8_t* mask,
                   const double* right, double* solution)
@@ -20,7 +20,7 @@ class SelectedSolve {
         factor_ = std::make_unique<Buffer<double>>((most + kBlock) * length_);
     }
 
-    bool run(int64_t row, Progress& progress) {
+    bool run(int64_t row, Progress& progress) override {
         const int64_t cols = layer_.cols;
         const double* full = matrices_ + layer_.group_of_row[row] * cols * cols;
         int64_t count = 0;

@@ -7,7 +7,10 @@ class SweptInverse {
   public:
     explicit SweptInverse(int64_t cols)
         : length_(row_length<double>(cols)), matrix_((cols + kTileRows) * length_),
-          panel_(kBlock * length_), vectors_(kBlock * length_), update_(cols, kBlock) {}
+          panel_(kBlock * length_), vectors_(kBlock * length_), update_(cols, kBlock) {
+        // Vectors are read whole; beyond the end there must be numbers.
+        std::fill(panel(0), panel(kBlock), 0.0);
+    }
 
     // The inverse of the (count, count) submatrix of a symmetric positive definite matrix; its
     // lower triangle goes to `to`, whose rows are `to_length` apart.
@@ -47,42 +50,37 @@ class SweptInverse {
             const int64_t last = j - start < width ? j - start : width;
             for (int64_t k = 0; k < last; ++k) panel(k)[j] = row[k];
         }
-        double lower[kBlock][kBlock];
+        // [A_KK | 1] by rows to [L^T | L^-1], whole rows at once.
+        alignas(64) double upper[kBlock][kBlock] = {}, half[kBlock][kBlock] = {};
+        alignas(64) double whole[kBlock][kBlock] = {};  // (L L^T)^-1
+        for (int64_t k = 0; k < width; ++k) {
+            for (int64_t j = 0; j < width; ++j) upper[k][j] = panel(k)[start + j];
+            half[k][k] = 1.0;
+        }
+        for (int64_t k = 0; k < width; ++k) {
+            const double pivot = upper[k][k] > kTiny ? upper[k][k] : kTiny;
+            const double root = 1.0 / std::sqrt(pivot);
+            for (int64_t j = 0; j < kBlock; ++j) upper[k][j] *= root;
+            for (int64_t j = 0; j < kBlock; ++j) half[k][j] *= root;
+            for (int64_t i = k + 1; i < width; ++i) {
+                const double factor = upper[k][i];
+                for (int64_t j = 0; j < kBlock; ++j) upper[i][j] -= factor * upper[k][j];
+                for (int64_t j = 0; j < kBlock; ++j) half[i][j] -= factor * half[k][j];
+            }
+        }
         for (int64_t i = 0; i < width; ++i) {
-            for (int64_t j = 0; j <= i; ++j) {
-                double sum = panel(i)[start + j];
-                for (int64_t k = 0; k < j; ++k) sum -= lower[i][k] * lower[j][k];
-                lower[i][j] = i == j ? std::sqrt(sum > kTiny ? sum : kTiny) : sum / lower[j][j];
+            for (int64_t k = 0; k <= i; ++k) {
+                const double factor = half[i][k];
+                for (int64_t j = 0; j < kBlock; ++j) whole[k][j] += factor * half[i][j];
             }
         }
-        for (int64_t k = 0; k < width; ++k) {  // V = L^-1 A_K:
-            double* v = vector(k);
-            std::memcpy(v, panel(k), size_t(count) * sizeof(double));
-            for (int64_t m = 0; m < k; ++m) subtract(v, lower[k][m], vector(m), count);
-            scale(v, 1.0 / lower[k][k], count);
-        }
+        multiply(half, width, count);
         update_.apply(matrix_, length_, matrix_, length_, vectors_, length_, width, count);
-        for (int64_t k = width; k-- > 0;) {  // L^-T V
-            double* x = vector(k);
-            for (int64_t m = k + 1; m < width; ++m) subtract(x, lower[m][k], vector(m), count);
-            scale(x, 1.0 / lower[k][k], count);
-        }
-        double inverse[kBlock][kBlock];  // of L
-        for (int64_t j = 0; j < width; ++j) {
-            for (int64_t i = j; i < width; ++i) {
-                double sum = i == j ? 1.0 : 0.0;
-                for (int64_t k = j; k < i; ++k) sum -= lower[i][k] * inverse[k][j];
-                inverse[i][j] = sum / lower[i][i];
-            }
-        }
+        multiply(whole, width, count);
         for (int64_t k = 0; k < width; ++k) {
             double* row = matrix_ + (start + k) * length_;
             std::memcpy(row, vector(k), size_t(start) * sizeof(double));
-            for (int64_t j = 0; j <= k; ++j) {
-                double sum = 0.0;
-                for (int64_t i = k; i < width; ++i) sum += inverse[i][k] * inverse[i][j];
-                row[start + j] = -sum;
-            }
+            for (int64_t j = 0; j <= k; ++j) row[start + j] = -whole[k][j];
         }
         for (int64_t j = end; j < count; ++j) {
             double* row = matrix_ + j * length_ + start;
@@ -90,13 +88,23 @@ class SweptInverse {
         }
     }
 
-    static void subtract(double* __restrict__ to, double factor, const double* __restrict__ from,
-                         int64_t count) {
-        for (int64_t j = 0; j < count; ++j) to[j] -= factor * from[j];
-    }
-
-    static void scale(double* to, double factor, int64_t count) {
-        for (int64_t j = 0; j < count; ++j) to[j] *= factor;
+    // vectors <- factor times panel.
+    void multiply(const double (*factor)[kBlock], int64_t width, int64_t count) {
+        constexpr int kRows = 8;
+        for (int64_t j = 0; j < count; j += kLanes<double>) {
+            for (int64_t row = 0; row < width; row += kRows) {
+                Vector<double> sum[kRows] = {};
+                for (int64_t m = 0; m < width; ++m) {
+                    const Vector<double> from = load<double>(panel_ + m * length_ + j);
+#pragma GCC unroll 8
+                    for (int k = 0; k < kRows; ++k) sum[k] += factor[row + k][m] * from;
+                }
+#pragma GCC unroll 8
+                for (int k = 0; k < kRows; ++k) {
+                    store<double>(vectors_ + (row + k) * length_ + j, sum[k]);
+                }
+            }
+        }
     }
 
     static constexpr double kTiny = 1e-300;

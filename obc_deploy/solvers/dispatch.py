@@ -22,7 +22,7 @@ from obc_deploy.solvers.contract import (
     LayerProblem,
     Progress,
 )
-from obc_deploy.solvers.exact_obs import exact_obs_masks
+from obc_deploy.solvers.exact_obs import PrunedRows, exact_obs
 from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.magnitude import magnitude_mask
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
@@ -35,7 +35,6 @@ from obc_deploy.solvers.problems import (
 )
 from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, part_of, precision
-from obc_deploy.solvers.survivors import best_weight
 
 METHODS = ("exact_obs", "magnitude", "rtn")
 """Names `method` may take; None is the first."""
@@ -178,9 +177,6 @@ class _Solved:
     grid: Grid | None = None
 
 
-_Pruned = dict[Pattern | None, tuple[torch.Tensor, torch.Tensor]]
-
-
 def _solve_exactly(
     checked: CheckedProblem,
     schemes: Sequence[Scheme],
@@ -192,16 +188,15 @@ def _solve_exactly(
     grids = {_weight_grid(scheme): None for scheme in schemes}
     share = _PRUNING_SHARE if any(grids) else 1.0
     patterns = list(dict.fromkeys(scheme.pattern for scheme in schemes if scheme.pattern))
-    masks = exact_obs_masks(problem, patterns, settings, part_of(progress, 0.0, share))
     dense = torch.ones_like(checked.weight, dtype=torch.bool)
-    pruned: _Pruned = {None: (dense, checked.weight)}
-    for pattern, mask in zip(patterns, masks, strict=True):
-        pruned[pattern] = (mask, best_weight(problem, mask, settings))
+    pruned: dict[Pattern | None, PrunedRows] = {None: PrunedRows(dense, checked.weight)}
+    forms = exact_obs(problem, patterns, settings, part_of(progress, 0.0, share))
+    pruned.update(zip(patterns, forms, strict=True))
 
     found: dict[tuple[Pattern | None, Quantization], tuple[torch.Tensor, Grid]] = {}
     solved: list[_Solved] = []
     for done, scheme in enumerate(schemes):
-        mask, weight = pruned[scheme.pattern]
+        mask, weight = pruned[scheme.pattern].mask, pruned[scheme.pattern].weight
         quantization = _weight_grid(scheme)
         if quantization is None:
             solved.append(_Solved(scheme, weight, mask))

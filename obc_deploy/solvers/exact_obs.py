@@ -5,7 +5,8 @@
 Blocks B of four: loss increase w_Bᵀ (G_BB)⁻¹ w_B. Unstructured and block patterns trace every row
 to its end; the k smallest increases of the whole layer say how long a prefix of its own trace each
 row takes. N:M picks the cheapest index among groups that still have zeros to give (OBC, arXiv
-2208.11580, section 4). Only orders are kept: the weights of any level follow from its mask.
+2208.11580, section 4). Only orders are kept: the weights of any level follow from its mask, by one
+solve for each row, or for many levels at once from one more run in the known order.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from functools import partial
 import torch
 
 from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Pattern
+from obc_deploy.solvers import native_rows
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.inverse import DowndatedInverse
 from obc_deploy.solvers.problems import DampedProblem
 from obc_deploy.solvers.prune_blocks import prune_blocks
 from obc_deploy.solvers.prune_columns import prune_columns
 from obc_deploy.solvers.settings import SolverSettings, part_of
+from obc_deploy.solvers.survivors import best_weight
+
+_SOLVES_PER_RUN = 0.5
+"""Solves, in double precision, that take as long as one run in single precision."""
 
 _Pruner = Callable[[torch.Tensor, DowndatedInverse, Progress], tuple[torch.Tensor, torch.Tensor]]
 
@@ -34,7 +40,7 @@ class Trace:
     """What each row prunes, in order.
 
     Attributes:
-        order: (rows, steps) int64; the column, or the block of columns, pruned at each step.
+        order: (rows, steps) integer; the column, or the block of columns, pruned at each step.
         increase: (rows, steps) loss increase of each step.
         width: columns pruned at a step.
     """
@@ -43,14 +49,17 @@ class Trace:
     increase: torch.Tensor
     width: int
 
-    def mask(self, sparsity: float) -> torch.Tensor:
-        """(rows, cols) bool, false at the ceil(sparsity · all) cheapest steps of the layer."""
+    def counts(self, sparsity: float) -> torch.Tensor:
+        """(rows,) int64: each row's share of the ceil(sparsity · all) cheapest steps."""
         rows, steps = self.order.shape
         count = zeros_of(rows * steps, sparsity)
         cheapest = torch.argsort(self.increase.flatten(), dim=0, stable=True)[:count]
-        taken = torch.bincount(cheapest // steps, minlength=rows)
-        stays = torch.arange(steps, device=taken.device) >= taken[:, None]
-        mask = torch.empty_like(stays).scatter_(1, self.order, stays)
+        return torch.bincount(cheapest // steps, minlength=rows)
+
+    def mask(self, counts: torch.Tensor) -> torch.Tensor:
+        """(rows, cols) bool, false where the first `counts` steps of each row prune."""
+        stays = torch.arange(self.order.shape[1], device=counts.device) >= counts[:, None]
+        mask = torch.empty_like(stays).scatter_(1, self.order.to(torch.int64), stays)
         return mask.repeat_interleave(self.width, dim=1)
 
 
@@ -59,52 +68,127 @@ def zeros_of(total: int, sparsity: float) -> int:
     return math.ceil(total * Fraction(str(sparsity)))
 
 
-def exact_obs_masks(
+@dataclass(frozen=True)
+class PrunedRows:
+    """One pattern's outcome.
+
+    Attributes:
+        mask: (rows, cols) bool, true at survivors.
+        weight: (rows, cols) float64 or float32, the best weights for the mask.
+    """
+
+    mask: torch.Tensor
+    weight: torch.Tensor
+
+
+def exact_obs(
     problem: DampedProblem,
     patterns: Sequence[Pattern],
     settings: SolverSettings,
     progress: Progress,
-) -> list[torch.Tensor]:
-    """The ExactOBS masks (rows, cols) of several patterns of one layer.
+) -> list[PrunedRows]:
+    """ExactOBS for several patterns of one layer, in the order asked for.
 
     All unstructured levels share one trace, and so do all block levels.
     """
-    shared: dict[type, Trace] = {}
-    masks: list[torch.Tensor] = []
-    for done, pattern in enumerate(patterns):
-        share = part_of(progress, done / len(patterns), (done + 1) / len(patterns))
-        if isinstance(pattern, NM):
-            masks.append(_nm_mask(problem, pattern, settings, share))
-            continue
-        kind = type(pattern)
-        if kind not in shared:
-            blocks = isinstance(pattern, Block4)
-            run = trace_blocks if blocks else trace_weights
-            shared[kind] = run(problem, settings, share)
-        masks.append(shared[kind].mask(pattern.sparsity))
+    kinds = list(dict.fromkeys(_kind(pattern) for pattern in patterns))
+    found: dict[Pattern, PrunedRows] = {}
+    for done, kind in enumerate(kinds):
+        share = part_of(progress, done / len(kinds), (done + 1) / len(kinds))
+        of_kind = list(dict.fromkeys(each for each in patterns if _kind(each) == kind))
+        if isinstance(of_kind[0], NM):
+            mask = _nm_mask(problem, of_kind[0], settings, share)
+            found[of_kind[0]] = PrunedRows(mask, best_weight(problem, mask, settings))
+        else:
+            run = trace_blocks if isinstance(of_kind[0], Block4) else trace_weights
+            levels = [pattern.sparsity for pattern in of_kind if not isinstance(pattern, NM)]
+            replayed = _worth_replaying(levels, settings, problem.weight.device)
+            trace = run(problem, settings, part_of(share, 0.0, 0.5 if replayed else 1.0))
+            weigh = _replayed if replayed else _solved
+            pruned = weigh(problem, trace, levels, settings, part_of(share, 0.5, 1.0))
+            found.update(zip(of_kind, pruned, strict=True))
     progress(1.0)
-    return masks
+    return [found[pattern] for pattern in patterns]
+
+
+def _kind(pattern: Pattern) -> object:
+    """Equal for patterns that share a trace."""
+    return pattern if isinstance(pattern, NM) else type(pattern)
+
+
+def _worth_replaying(
+    levels: Sequence[float], settings: SolverSettings, device: torch.device
+) -> bool:
+    """Whether one more run is less work than a solve for each level; counts in cols³ / 3."""
+    solves = sum(min(level, 1.0 - level) ** 3 for level in levels)
+    return native_rows.is_native(settings, device) and solves > _SOLVES_PER_RUN
+
+
+def _solved(
+    problem: DampedProblem,
+    trace: Trace,
+    levels: Sequence[float],
+    settings: SolverSettings,
+    progress: Progress,
+) -> list[PrunedRows]:
+    masks = [trace.mask(trace.counts(level)) for level in levels]
+    return [PrunedRows(mask, best_weight(problem, mask, settings)) for mask in masks]
+
+
+def _replayed(
+    problem: DampedProblem,
+    trace: Trace,
+    levels: Sequence[float],
+    settings: SolverSettings,
+    progress: Progress,
+) -> list[PrunedRows]:
+    ascending = sorted(range(len(levels)), key=lambda i: levels[i])
+    counts = torch.stack([trace.counts(levels[i]) for i in ascending], 1)
+    weights = native_rows.replay(
+        problem, trace.order, counts, settings, progress, width=trace.width
+    )
+    pruned = [
+        PrunedRows(trace.mask(count), weight)
+        for count, weight in zip(counts.unbind(1), weights, strict=True)
+    ]
+    return [each for _, each in sorted(zip(ascending, pruned, strict=True), key=lambda x: x[0])]
 
 
 def trace_weights(problem: DampedProblem, settings: SolverSettings, progress: Progress) -> Trace:
     """The order in which each row prunes all of its weights, one by one."""
     cols = problem.weight.shape[1]
-    pruner = partial(prune_columns, group=cols, zeros=cols)
-    return Trace(*_all_rows(problem, settings, progress, pruner), width=1)
+    return Trace(*_columns(problem, settings, progress, group=cols, zeros=cols), width=1)
 
 
 def trace_blocks(problem: DampedProblem, settings: SolverSettings, progress: Progress) -> Trace:
     """The order in which each row prunes all of its blocks of four columns."""
-    return Trace(*_all_rows(problem, settings, progress, prune_blocks), width=BLOCK_SIZE)
+    if native_rows.is_native(settings, problem.weight.device):
+        traced = native_rows.prune_blocks(problem, settings, progress, width=BLOCK_SIZE)
+    else:
+        traced = _all_rows(problem, settings, progress, prune_blocks)
+    return Trace(*traced, width=BLOCK_SIZE)
+
+
+def _columns(
+    problem: DampedProblem,
+    settings: SolverSettings,
+    progress: Progress,
+    *,
+    group: int,
+    zeros: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if native_rows.is_native(settings, problem.weight.device):
+        return native_rows.prune_columns(problem, settings, progress, group=group, zeros=zeros)
+    pruner = partial(prune_columns, group=group, zeros=zeros)
+    return _all_rows(problem, settings, progress, pruner)
 
 
 def _nm_mask(
     problem: DampedProblem, pattern: NM, settings: SolverSettings, progress: Progress
 ) -> torch.Tensor:
-    pruner = partial(prune_columns, group=pattern.m, zeros=pattern.m - pattern.n)
-    order, _ = _all_rows(problem, settings, progress, pruner)
+    order, _ = _columns(problem, settings, progress, group=pattern.m, zeros=pattern.m - pattern.n)
     mask = torch.ones(problem.weight.shape, dtype=torch.bool, device=order.device)
-    return mask.scatter_(1, order, False)
+    return mask.scatter_(1, order.to(torch.int64), False)
 
 
 def _all_rows(

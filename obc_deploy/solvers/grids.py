@@ -8,15 +8,19 @@ Symmetric grids are narrow: codes ±(2^(bits-1) - 1), zero point 0.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 
+from obc_deploy import native
 from obc_deploy.schemes import Quantization
 
 _NORM = 2.4
 _SHRINK_STEPS = 80
 _SHRINK_STEP = 0.01
+_WORTH_THREADS = 1 << 20
+"""Roundings from which a second thread pays."""
 _SMALLEST_SCALE = float(torch.finfo(torch.float32).tiny)
 
 
@@ -65,6 +69,9 @@ def find_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool 
     rows, cols = weight.shape
     code_min, code_max = quantization.code_min, quantization.code_max
     grouped = weight.to(torch.float64).reshape(rows, -1, quantization.group or cols)
+    steps = _SHRINK_STEPS if shrink else 1
+    if weight.device.type == "cpu" and native.is_available():
+        return _find_natively(grouped.contiguous(), quantization, steps)
     low = grouped.amin(-1, keepdim=True).clamp_(max=0.0)
     high = grouped.amax(-1, keepdim=True).clamp_(min=0.0)
     empty = (low == 0) & (high == 0)
@@ -75,7 +82,7 @@ def find_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool 
 
     best_loss = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for step in range(_SHRINK_STEPS if shrink else 1):
+    for step in range(steps):
         share = 1.0 - step * _SHRINK_STEP
         scale = share * (high - low) / (code_max - code_min)
         scale = scale.clamp_(min=_SMALLEST_SCALE).to(torch.float32).to(torch.float64)
@@ -95,3 +102,23 @@ def find_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool 
         code_min,
         code_max,
     )
+
+
+def _find_natively(grouped: torch.Tensor, quantization: Quantization, steps: int) -> Grid:
+    """The same search, compiled; `grouped` is (rows, groups, width) float64."""
+    rows, groups, width = grouped.shape
+    scale = torch.empty(rows, groups, dtype=torch.float32)
+    zero_point = torch.empty(rows, groups, dtype=torch.int8)
+    search = native.GridSearch(
+        grouped.data_ptr(), rows * groups, width, quantization.code_min, quantization.code_max,
+        int(quantization.asymmetric), steps, _SHRINK_STEP, _SMALLEST_SCALE,
+        scale.data_ptr(), zero_point.data_ptr(),
+    )  # fmt: skip
+    control = native.Control(0, 0)
+    threads = torch.get_num_threads() if grouped.numel() * steps > _WORTH_THREADS else 1
+    find = native.library().obc_find_grid
+    native.run(
+        lambda: int(find(ctypes.addressof(search), threads, ctypes.addressof(control))),
+        control, 1.0, lambda _: None,
+    )  # fmt: skip
+    return Grid(scale, zero_point, quantization.code_min, quantization.code_max)

@@ -111,9 +111,7 @@ def quantize(
     codes = torch.empty(weight.shape, dtype=torch.int8)
     stays = None if mask is None else mask.to(torch.uint8).contiguous()
     with _Job(problem, settings, progress, weight=weight) as job:
-        job.run(
-            "obc_quantize", scale, zero_point, grid.code_min, grid.code_max, stays, codes
-        )
+        job.run("obc_quantize", scale, zero_point, grid.code_min, grid.code_max, stays, codes)
     return codes
 
 
@@ -143,9 +141,7 @@ def replay(
     weights = torch.empty(counts.shape[1], rows, cols, dtype=torch.float32)
     order, counts = order.to(torch.int32).contiguous(), counts.to(torch.int64).contiguous()
     with _Job(problem, settings, progress) as job:
-        job.run(
-            "obc_replay", order, order.shape[1], width, counts, counts.shape[1], weights
-        )
+        job.run("obc_replay", order, order.shape[1], width, counts, counts.shape[1], weights)
     return weights
 
 
@@ -221,4 +217,3 @@ class _Job:
         native.run(
             lambda: int(function(*front, *passed)), self._control, self._work, self._progress
         )
-

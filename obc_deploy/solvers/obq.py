@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from obc_deploy.solvers import native_rows
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.grids import Grid
 from obc_deploy.solvers.inverse import DowndatedInverse
@@ -25,6 +26,8 @@ def obq_codes(
     problem: DampedProblem, grid: Grid, settings: SolverSettings, progress: Progress
 ) -> torch.Tensor:
     """OBQ codes (rows, cols) int8 of a dense layer."""
+    if native_rows.is_native(settings, problem.weight.device):
+        return native_rows.quantize(problem, problem.weight, None, grid, settings, progress)
     rows, cols = problem.weight.shape
     scale, zero_point = grid.per_column(cols, settings.dtype)
 
@@ -55,6 +58,8 @@ def obq_codes_of_survivors(
         settings: precision and memory.
         progress: told the share of the rows done.
     """
+    if native_rows.is_native(settings, weight.device):
+        return native_rows.quantize(problem, weight, mask, grid, settings, progress)
     rows, cols = weight.shape
     scale, zero_point = grid.per_column(cols, settings.dtype)
     codes = zero_point.to(torch.int8)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from obc_deploy.solvers import native_rows
 from obc_deploy.solvers.inverse import true_places
 from obc_deploy.solvers.problems import DampedProblem
 from obc_deploy.solvers.settings import SolverSettings
@@ -84,24 +86,34 @@ def best_weight(
     problem: DampedProblem, mask: torch.Tensor, settings: SolverSettings
 ) -> torch.Tensor:
     """The weights (rows, cols) float64 that minimise the damped error with zeros off the mask."""
-    weight, group_of_row = problem.weight, problem.group_of_row
+    weight = problem.weight
     by_survivors = (mask.sum(1) * 2 <= mask.shape[1])[:, None]
     result = torch.where(by_survivors, torch.zeros_like(weight), weight)
-    # A quarter of the memory: the submatrix, its factor and the gathering's own copies.
-    memory = settings.memory // 4
 
+    native = native_rows.is_native(settings, weight.device)
     groups = problem.hessian.shape[0]
     target = (weight.reshape(groups, -1, weight.shape[1]) @ problem.hessian).reshape(weight.shape)
-    for survivors in selections(mask & by_survivors, memory):
-        matrix = survivors.submatrix(problem.hessian, group_of_row)
-        survivors.put(result, _solve(matrix, survivors.values(target)))
-
-    change = torch.zeros_like(weight)
-    for pruned in selections(~mask & ~by_survivors, memory):
-        matrix = pruned.submatrix(problem.inverse, group_of_row)
-        pruned.put(change, _solve(matrix, pruned.values(weight)))
+    solve = partial(native_rows.selected_solve if native else _selected_solve, problem)
+    result += solve(problem.hessian, mask & by_survivors, target, settings)
+    change = solve(problem.inverse, ~mask & ~by_survivors, weight, settings)
     change = (change.reshape(groups, -1, weight.shape[1]) @ problem.inverse).reshape(weight.shape)
     return (result - change).masked_fill_(~mask, 0.0)
+
+
+def _selected_solve(
+    problem: DampedProblem,
+    matrix: torch.Tensor,
+    mask: torch.Tensor,
+    right: torch.Tensor,
+    settings: SolverSettings,
+) -> torch.Tensor:
+    """x_S = (M_SS)⁻¹ b_S for each row's S, its true places of the mask; 0 elsewhere."""
+    solution = torch.zeros_like(right)
+    # A quarter of the memory: the submatrix, its factor and the gathering's own copies.
+    for chosen in selections(mask, settings.memory // 4):
+        submatrix = chosen.submatrix(matrix, problem.group_of_row)
+        chosen.put(solution, _solve(submatrix, chosen.values(right)))
+    return solution
 
 
 def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -20,17 +20,14 @@ Outputs = List["np.ndarray[Any, Any]"]
 
 
 def preprocess(raw: "np.ndarray[Any, Any]", how: Dict[str, Any]) -> "np.ndarray[Any, Any]":
-    """Raw (n, channels, ...) or, with `channels_last`, (n, ..., channels) to float32 input."""
+    """Raw (n, channels, ...) to float32 input; no mean and deviation where those are empty."""
     values = raw.astype(np.float32)
-    if how.get("channels_last"):
-        values = np.moveaxis(values, -1, 1)
-    if how.get("scale") is not None:
-        values = values * np.float32(how["scale"])
-    per_channel = (1, -1) + (1,) * (values.ndim - 2)
-    if how.get("mean") is not None:
-        values = values - np.asarray(how["mean"], dtype=np.float32).reshape(per_channel)
-    if how.get("std") is not None:
-        values = values / np.asarray(how["std"], dtype=np.float32).reshape(per_channel)
+    if how["scale"] != 1.0:
+        values *= np.float32(how["scale"])
+    if how["mean"]:
+        per_channel = (1, -1) + (1,) * (values.ndim - 2)
+        values -= np.asarray(how["mean"], dtype=np.float32).reshape(per_channel)
+        values /= np.asarray(how["std"], dtype=np.float32).reshape(per_channel)
     return np.ascontiguousarray(values)
 
 

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from obc_deploy.benchmarks import interleaving
 from obc_deploy.benchmarks.interleaving import Candidate, EndToEnd, measure_interleaved
+from obc_deploy.data import Preprocessing
 from obc_deploy.errors import MeasurementError
-from obc_deploy.runtimes.contract import Preprocessing
 from obc_deploy.runtimes.session import open_session
 
 INPUT = np.ones((1, 3, 8, 8), dtype=np.float32)

@@ -261,6 +261,15 @@ def test_preprocessing_is_scale_mean_std():
     assert IMAGENET.as_dict() == {
         "scale": 1 / 255, "mean": list(IMAGENET.mean), "std": list(IMAGENET.std)
     }  # fmt: skip
+    assert Preprocessing.from_dict(IMAGENET.as_dict()) == IMAGENET
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"scale": 1.0, "mean": [0.5]}, {"scale": "x", "mean": [], "std": []}]
+)
+def test_values_that_are_no_preprocessing(values):
+    with pytest.raises(CalibrationError, match="is no pre-processing; give scale, mean and std"):
+        Preprocessing.from_dict(values)
 
 
 def test_uint8_is_preprocessed_and_floats_are_not():

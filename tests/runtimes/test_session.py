@@ -16,8 +16,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_models import CHANNELS, DEEPSPARSE_MARKS, OnnxBuilder, convolve, needs_deepsparse
 
+from obc_deploy.data import Preprocessing
 from obc_deploy.errors import ArtifactError, RuntimeFailedError, RuntimeMissingError
-from obc_deploy.runtimes.contract import Preprocessing, SessionOptions, TensorSpec
+from obc_deploy.runtimes.contract import SessionOptions, TensorSpec
 from obc_deploy.runtimes.session import WORKER, Session, open_session, usable_cores
 
 BOTH = [
@@ -94,8 +95,8 @@ def test_raw_samples_come_back_warm_ups_apart(runtime: str, models: OnnxBuilder)
         assert taken.warmup_ms.shape == (3,)
         assert taken.samples_ms.shape == (7,)
         assert (taken.samples_ms > 0).all()
-        raw = np.zeros((1, 8, 8, CHANNELS), dtype=np.uint8)
-        how = Preprocessing(1 / 255, (0.5,) * CHANNELS, (0.25,) * CHANNELS, channels_last=True)
+        raw = np.zeros((1, CHANNELS, 8, 8), dtype=np.uint8)
+        how = Preprocessing(1 / 255, (0.5,) * CHANNELS, (0.25,) * CHANNELS)
         whole = session.time({"x": raw}, warmup=0, samples=4, end_to_end=how)
         assert whole.warmup_ms.shape == (0,)
         assert whole.samples_ms.shape == (4,)
@@ -115,10 +116,11 @@ def test_pre_processing_reads_the_first_input_of_the_graph(tmp_path: Path) -> No
     opset = helper.make_opsetid("", 13)
     path = tmp_path / "two.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
-    raw = {"gain": np.ones(1, np.uint8), "image": np.zeros((1, 2, 2, 3), np.uint8)}
+    raw = {"gain": np.ones(1, np.uint8), "image": np.zeros((1, 3, 2, 2), np.uint8)}
     with open_session("onnxruntime", path, threads=1) as session:
-        how = Preprocessing(1 / 255, channels_last=True)
-        assert session.time(raw, warmup=0, samples=2, end_to_end=how).samples_ms.shape == (2,)
+        assert session.time(
+            raw, warmup=0, samples=2, end_to_end=Preprocessing()
+        ).samples_ms.shape == (2,)
 
 
 def test_the_worker_is_pinned_to_its_cores(models: OnnxBuilder) -> None:
@@ -184,7 +186,7 @@ def test_inputs_that_do_not_fit_leave_the_session_usable(
 def test_an_error_inside_the_runtime_leaves_the_session_usable(
     session: Session, models: OnnxBuilder
 ) -> None:
-    how = Preprocessing(mean=(0.0, 1.0))
+    how = Preprocessing(mean=(0.0, 1.0), std=(1.0, 1.0))
     with pytest.raises(RuntimeFailedError, match="at 'time'") as error:
         session.time({"x": models.x}, end_to_end=how)
     one_line(error)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from obc_deploy.data import IMAGENET, Preprocessing
 from obc_deploy.runtimes.worker.worker_framing import (
     PREFIX,
     FramingError,
@@ -124,20 +125,26 @@ def test_what_cannot_travel_is_refused(
         frame(header, arrays)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_preprocessing_normalizes_each_channel(channels_last: bool) -> None:
+def test_preprocessing_normalizes_each_channel() -> None:
     draw = np.random.default_rng(1)
     raw = draw.integers(0, 256, (2, 3, 4, 5)).astype(np.uint8)
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     expected = raw.astype(np.float64) / 255
     for channel in range(3):
         expected[:, channel] = (expected[:, channel] - mean[channel]) / std[channel]
-    given_raw = np.moveaxis(raw, 1, -1) if channels_last else raw
-    how = {"scale": 1 / 255, "mean": mean, "std": std, "channels_last": channels_last}
-    found = preprocess(given_raw, how)
+    how = Preprocessing(1 / 255, tuple(mean), tuple(std))
+    found = preprocess(raw, how.as_dict())
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [Preprocessing(), IMAGENET, Preprocessing(1.0)])
+def test_a_worker_prepares_inputs_as_the_core_does(how: Preprocessing) -> None:
+    raw = np.random.default_rng(1).integers(0, 256, (2, 3, 4, 5)).astype(np.uint8)
+    before = raw.copy()
+    np.testing.assert_array_equal(preprocess(raw, how.as_dict()), how.apply(raw))
+    np.testing.assert_array_equal(raw, before)
 
 
 def test_postprocessing_finds_the_largest_logit() -> None:
