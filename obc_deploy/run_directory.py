@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
 import os
 import shutil
 import tempfile
@@ -142,13 +143,16 @@ def _write(model: CompressedModel, folder: Path) -> None:
             tensors[f"{name}/scale"] = form.scale.cpu().contiguous()
             tensors[f"{name}/zero_point"] = form.zero_point.cpu().contiguous()
     schema = {"schema": str(model.manifest.schema_version)}
+    # torch's own file writer ends the process when the disk is full: it throws once more while it
+    # is destroyed. In memory it cannot fail.
+    archive = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, archive)
+    (folder / NETWORK).write_bytes(archive.getbuffer())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.export.save(program, folder / NETWORK)
         save_file(tensors, folder / LAYERS, metadata=schema)
-    except (RuntimeError, SafetensorError) as error:
-        # What their own writers make of a full disk.
+    except SafetensorError as error:
         raise OSError(first_line(error)) from error
     arrays = {f"input:{name}": array for name, array in model.samples.inputs.items()}
     if model.samples.labels is not None:

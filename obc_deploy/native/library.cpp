@@ -26,6 +26,7 @@ const RowSolvers& solvers(int64_t bits) { return bits == 64 ? now().float64 : no
 }  // namespace
 
 extern "C" {
+#pragma GCC visibility push(default)
 
 const char* obc_instruction_set() { return now().name; }
 
@@ -88,6 +89,7 @@ double obc_update_rate(int64_t bits, int64_t size, int64_t depth, int64_t repeat
     return solvers(bits).update_rate(size, depth, repeats);
 }
 
+#pragma GCC visibility pop
 }  // extern "C"
 
 }  // namespace obc

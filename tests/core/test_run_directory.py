@@ -1,4 +1,4 @@
-"""Run directories: what comes back is what was saved, and what is damaged or in the way is named."""
+"""Run directories: what was saved comes back; what is damaged or in the way is named."""
 
 from __future__ import annotations
 
@@ -372,7 +372,7 @@ def flipped(tensor, index):
     ],
 )
 def test_layers_that_are_not_those_of_the_network(run, change):
-    """safetensors has no checksum: a changed code would be exported as it is."""
+    """There is no checksum in safetensors: a changed code would be exported as it is."""
     tensors = load_file(run / "layers.safetensors")
     tensors |= change(tensors)
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
