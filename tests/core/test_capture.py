@@ -10,7 +10,7 @@ from tiny_networks import Plain, Residual, build, samples
 from torch import nn
 from torch.nn import functional
 
-from obc_deploy.capture import capture, get_tensor, set_tensor
+from obc_deploy.capture import capture, get_tensor, recapture, set_tensor
 from obc_deploy.errors import ModelError
 from obc_deploy.layers import find_layers
 
@@ -51,6 +51,32 @@ def test_a_copy_owns_its_parameters():
     other = network.copy()
     other.module.get_parameter("fc.weight").zero_()
     assert bool(get_tensor(network.module, "fc.weight").any())
+
+
+def test_a_branch_shares_tensors_until_they_are_replaced():
+    network = capture(build(Plain), (torch.from_numpy(samples(Plain, 2)),))
+    other = network.branch()
+    for name in ("conv1.weight", "bn1.running_var", "fc.bias"):
+        known = get_tensor(network.module, name)
+        before = known.clone()
+        assert get_tensor(other.module, name).data_ptr() == known.data_ptr()
+        set_tensor(other.module, name, torch.zeros_like(known))
+        assert torch.equal(get_tensor(network.module, name), before)
+    other.module.to(torch.float64)
+    other.module.graph.erase_node(next(iter(reversed(other.module.graph.nodes))))
+    assert {p.dtype for p in network.module.parameters()} == {torch.float32}
+    agrees(network, build(Plain), (torch.from_numpy(samples(Plain, 3)),))
+
+
+@pytest.mark.parametrize("kind", [Plain, Residual])
+def test_captured_again_it_is_the_same(kind):
+    network = capture(build(kind), (torch.from_numpy(samples(kind, 2)),))
+    again = recapture(network)
+    assert again.dynamic_batch
+    assert [n.name for n in again.module.graph.nodes] == [
+        n.name for n in network.module.graph.nodes
+    ]
+    agrees(again, build(kind), (torch.from_numpy(samples(kind, 5)),))
 
 
 class FixedBatch(nn.Module):

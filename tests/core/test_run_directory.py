@@ -9,6 +9,7 @@ import resource
 import shutil
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny_networks import Depthwise, FixedBatch, Plain, Residual, build, samples
 from torch import nn
 
-from obc_deploy.compression import calibrate, compress
+from obc_deploy.compression import compress
 from obc_deploy.data import IMAGENET, Preprocessing, Samples
 from obc_deploy.errors import ObcDeployError, RunDirectoryError
+from obc_deploy.manifest import Manifest
 from obc_deploy.run_directory import check_free, load_run, save_run
 
 FILES = ("manifest.json", "network.pt2", "layers.safetensors", "samples.npz")
@@ -85,7 +87,9 @@ def check_same(found, wanted):
     assert found.samples.source == wanted.samples.source
     with torch.no_grad():
         inputs = next(iter(wanted.samples.batches(wanted.network.batch_size or 8)))
-        same_bits(found.module()(*inputs), wanted.module()(*inputs))
+        outputs = [each.module()(*inputs) for each in (found, wanted)]
+    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in outputs), strict=True):
+        same_bits(one, other)
 
 
 def check_error(error, *names):
@@ -121,14 +125,18 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.left, self.right = nn.Linear(6, 4), nn.Linear(3, 4)
 
-    def forward(self, input, other):  # noqa: A002
-        return self.left(input), self.right(other)
+    def forward(self, one, two):
+        return self.left(one), self.right(two)
 
 
 def two_inputs():
     draw = np.random.default_rng(0)
     one, two = (draw.standard_normal((9, size)).astype(np.float64) for size in (6, 3))
-    return TwoInputs(), {"other": two, "input": one}
+    return TwoInputs(), {"two": two, "one": one}
+
+
+def labelled():
+    return build(Residual), Samples({"x": samples(Residual)}, np.arange(32), IMAGENET)
 
 
 @pytest.mark.parametrize(
@@ -136,27 +144,26 @@ def two_inputs():
     [
         (lambda: (build(Plain), samples(Plain)), "unstructured@0.5+w4g4-asym"),
         (lambda: (build(Depthwise), samples(Depthwise)), "w8a8"),
-        (lambda: (build(Residual), samples(Residual)), "unstructured@0.5"),
+        (labelled, "unstructured@0.5"),
         (lambda: (build(FixedBatch), samples(FixedBatch)), "w8a8"),
         (two_inputs, "w8a8"),
-        (lambda: (build(Plain), samples(Plain)), "dense"),
     ],
-    ids=["groups", "depthwise", "pruned", "fixed batch", "two inputs", "dense"],
+    ids=["groups", "depthwise", "pruned", "fixed batch", "two inputs"],
 )
 def test_all_kinds_come_back(make, scheme, tmp_path):
     made = compress(*make(), scheme=scheme, baselines=False)
     found = load_run(save_run(made, tmp_path / "run"))
     check_same(found, made)
+    assert (found.samples.labels is None) == (made.samples.labels is None)
     assert [form.error for form in found.forms.values()] == [
         form.error for form in made.forms.values()
     ]
     check_same(load_run(save_run(found, tmp_path / "again")), made)
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-qoperator"])
-def test_a_loaded_run_exports_the_same_file(small, saved, tmp_path, target):
-    one = small.export(tmp_path / "one.onnx", target)
-    other = load_run(saved).export(tmp_path / "other.onnx", target)
+def test_a_loaded_run_exports_the_same_file(small, saved, tmp_path):
+    one = small.export(tmp_path / "one.onnx", "onnxruntime-qoperator")
+    other = load_run(saved).export(tmp_path / "other.onnx", "onnxruntime-qoperator")
     assert one.path.read_bytes() == other.path.read_bytes()
     assert one.manifest.parity == other.manifest.parity
 
@@ -221,7 +228,7 @@ def no_file_larger_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [0, 300, 2000, 6000, 12000])
+@pytest.mark.parametrize("size", [0, 2000, 12000])
 def test_a_disk_that_is_full_leaves_nothing_half_written(small, saved, tmp_path, size):
     assert size < max((saved / name).stat().st_size for name in FILES)
     with no_file_larger_than(size), pytest.raises(RunDirectoryError) as error:
@@ -238,35 +245,36 @@ def test_a_disk_that_is_full_leaves_the_old_run(small, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("moment", ["network", "layers", "samples", "manifest", "baseline"])
+class Interrupting:
+    """Stands in for a part of a model; whoever reads it is interrupted."""
+
+    def __getattr__(self, name):
+        raise KeyboardInterrupt
+
+
+class InterruptingManifest(Manifest):
+    def model_dump_json(self, **options):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("moment", "overwrite"),
+    [
+        ("network", False),
+        ("forms", True),
+        ("samples", False),
+        ("manifest", True),
+        ("baselines", False),
+        ("baselines", True),
+    ],
+)
 def test_an_interrupted_save_leaves_nothing(model, run, tmp_path, moment, overwrite):
     """Ctrl-C in the middle of each file, by way of the value that is written then."""
-
-    class Interrupting:
-        """Stands in for a part of the model; whoever reads it is interrupted."""
-
-        def __init__(self, part: object) -> None:
-            self._part = part
-
-        def __getattr__(self, name: str) -> object:
-            if name in {"module", "items", "inputs", "model_dump_json"}:
-                raise KeyboardInterrupt
-            return getattr(self._part, name)
-
-    broken = {
-        "network": lambda: replace(model, network=Interrupting(model.network)),
-        "layers": lambda: replace(model, forms=Interrupting(model.forms)),
-        "samples": lambda: replace(model, samples=Interrupting(model.samples)),
-        "manifest": lambda: replace(model, manifest=Interrupting(model.manifest)),
-        "baseline": lambda: replace(
-            model,
-            baselines=(
-                model.baselines[0],
-                replace(model.baselines[1], network=Interrupting(model.baselines[1].network)),
-            ),
-        ),
-    }[moment]()
+    part = {
+        "manifest": InterruptingManifest.model_validate(model.manifest.model_dump()),
+        "baselines": (model.baselines[0], replace(model.baselines[1], samples=Interrupting())),
+    }.get(moment, Interrupting())
+    broken = replace(model, **{moment: part})
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     place = run if overwrite else tmp_path / "deep" / "new"
     with pytest.raises(KeyboardInterrupt):
@@ -289,18 +297,12 @@ def test_a_folder_that_may_not_be_written(small, tmp_path):
 
 @pytest.mark.parametrize("place", ["/proc/run", "/proc/obc/deep/run", "/dev/null/run"])
 def test_places_where_nothing_can_be(small, place):
-    for call in (lambda: check_free(place_of(place)), lambda: save_run(small, place_of(place))):
+    for call in (lambda: check_free(Path(place)), lambda: save_run(small, Path(place))):
         with pytest.raises(
             RunDirectoryError, match=r"cannot write .*choose another place"
         ) as error:
             call()
         check_error(error, place)
-
-
-def place_of(text):
-    from pathlib import Path
-
-    return Path(text)
 
 
 def test_looking_at_a_free_place_leaves_nothing(tmp_path):
@@ -338,11 +340,16 @@ def test_no_run_directory(tmp_path):
     check_error(error, "file")
 
 
-@pytest.mark.parametrize("role", ["dense-fp32", "dense-int8"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("role", "name"),
+    [
+        ("dense-fp32", "manifest.json"),
+        ("dense-int8", "manifest.json"),
+        ("dense-int8", "layers.safetensors"),
+    ],
+)
 def test_a_damaged_baseline(run, saved, role, name):
     shutil.copytree(saved, run / "baselines" / role)
-    assert len(load_run(run).baselines) == 1
     (run / "baselines" / role / name).unlink()
     with pytest.raises(RunDirectoryError) as error:
         load_run(run)
@@ -413,12 +420,3 @@ def test_samples_that_were_changed_in_the_file(run):
     with pytest.raises(RunDirectoryError, match="is damaged") as error:
         load_run(run)
     check_error(error, str(run))
-
-
-def test_labels_and_a_usual_preprocessing_are_optional(tmp_path):
-    x = samples(Plain, 8)
-    for data in (Samples({"x": x}), Samples({"x": x}, np.zeros(8, np.int64), IMAGENET)):
-        made = compress(calibrate(build(Plain), data), scheme="w8", method="rtn", baselines=False)
-        found = load_run(save_run(made, tmp_path / "run", overwrite=True))
-        assert (found.samples.labels is None) == (data.labels is None)
-        assert found.samples.preprocessing == data.preprocessing
