@@ -4,13 +4,15 @@
 
 needs the trained networks and images that `reference_networks` describes. Writes
 `results/<network>-<method>.json` (measurements with every sample, machine, command) and the same as
-a table, `.md`.
+a table, `.md`. With `--runs FOLDER` each compressed network is kept there, and not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,16 @@ from obc_deploy.benchmarks.measurement import Measurement
 from obc_deploy.benchmarks.reference_networks import load_network, load_samples, shared_data
 from obc_deploy.benchmarks.statistics import wilson_interval
 from obc_deploy.benchmarks.table import markdown_table
-from obc_deploy.compression import CompressedModel, calibrate, compress, dense_baselines
+from obc_deploy.compression import (
+    CalibratedModel,
+    CompressedModel,
+    calibrate,
+    compress,
+    dense_baselines,
+)
 from obc_deploy.errors import CalibrationError, ObcDeployError
 from obc_deploy.manifest import now, versions, write_json
+from obc_deploy.run_directory import load_run
 from obc_deploy.runtimes.fingerprint import take_fingerprint
 from obc_deploy.targets import DEEPSPARSE
 
@@ -71,7 +80,7 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
 
 def evaluate(
     network: str, *, schemes: tuple[str, ...], method: str, calibration: int, images: int,
-    timed: int, threads: int, seed: int,
+    timed: int, threads: int, seed: int, runs: Path | None = None,
 ) -> tuple[list[CompressedModel], list[Measurement]]:  # fmt: skip
     """Compress one network by each scheme, then measure all of them side by side."""
     shared = shared_data()
@@ -80,15 +89,6 @@ def evaluate(
             "the trained networks and images are not here; set OBC_DEPLOY_SHARED to their folder"
         )
     test = load_samples(network, "test", shared)
-    calibrated = calibrate(
-        load_network(network, shared),
-        load_samples(network, "calib", shared),
-        limit=calibration,
-        source=network,
-        batch_size=128,
-        levels=schemes,
-        seed=seed,
-    )
     last = ""
 
     def say(what: str, share: float) -> None:
@@ -97,23 +97,44 @@ def evaluate(
             print(what, file=sys.stderr, flush=True)
             last = what
 
+    @cache
+    def calibrated() -> CalibratedModel:
+        return calibrate(
+            load_network(network, shared),
+            load_samples(network, "calib", shared),
+            limit=calibration,
+            source=network,
+            batch_size=128,
+            levels=schemes,
+            seed=seed,
+        )
+
     models = []
     for scheme in schemes:
+        kept = None if runs is None else runs / f"{network}-{method}-{scheme.replace(':', '-')}"
+        if kept is not None and kept.is_dir():
+            models.append(load_run(kept))
+            continue
         print(f"{network}: {scheme}", file=sys.stderr, flush=True)
-        models.append(
-            compress(
-                calibrated,
-                scheme=scheme,
-                target=DEEPSPARSE,
-                fallback="w8a8",
-                method=method,
-                evaluation=test.take(images),
-                baselines=False,
-                seed=seed,
-                progress=say,
-            )
+        model = compress(
+            calibrated(),
+            scheme=scheme,
+            target=DEEPSPARSE,
+            fallback="w8a8",
+            method=method,
+            evaluation=test.take(images),
+            baselines=False,
+            seed=seed,
+            progress=say,
         )
-    dense, int8 = dense_baselines(calibrated, target=DEEPSPARSE)
+        if not models:
+            model = replace(model, baselines=dense_baselines(calibrated(), target=DEEPSPARSE))
+        if kept is not None:
+            model.save(kept)
+        models.append(model)
+    if not timed:
+        return models, []
+    dense, int8 = models[0].baselines
     measurements = benchmark(
         [dense, int8, *models], data=test.take(timed), threads=threads, rounds=8,
         samples_per_round=20, processes=3, seed=seed, progress=say,
@@ -129,7 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--method", default="exact_obs")
     parser.add_argument("--calibration", type=int, default=1024, help="calibration images")
     parser.add_argument("--images", type=int, default=5000, help="test images in PyTorch")
-    parser.add_argument("--timed", type=int, default=1000, help="test images in each runtime")
+    parser.add_argument(
+        "--timed", type=int, default=1000, help="test images in each runtime; 0: do not time"
+    )
+    parser.add_argument("--runs", type=Path, help="keep compressed networks in this folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -144,10 +168,14 @@ def main(arguments: list[str] | None = None) -> int:
             timed=options.timed,
             threads=options.threads,
             seed=options.seed,
+            runs=options.runs,
         )
     except ObcDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    if not measurements:
+        print(accuracy_table(accuracy_rows(models)))
+        return 0
     name = f"{options.network}-{options.method}".replace("_", "-")
     rows = accuracy_rows(models)
     command = f"python -m obc_deploy.benchmarks.cifar10 {' '.join(sys.argv[1:])}".strip()

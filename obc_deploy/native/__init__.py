@@ -171,7 +171,8 @@ def run(
     """Run native code beside this thread, which reports progress and passes interrupts on.
 
     Args:
-        call: the native function with its arguments; returns its outcome.
+        call: the native function with its arguments; returns its outcome. It must hold the memory
+            that native code works on: a second interrupt may end this function first.
         control: the control it was given.
         work: what `control.done` ends at.
         progress: told the share of the work done; may raise, which stops the native code.
@@ -181,17 +182,29 @@ def run(
         MemoryError: the native code could not get its memory.
     """
     outcome: list[int] = []
-    thread = threading.Thread(target=lambda: outcome.append(call()), name="native solver")
-    thread.start()
+    # An event: `Thread.join` of older Pythons takes a thread for ended once a signal interrupts it.
+    ended = threading.Event()
+
+    def work_beside() -> None:
+        try:
+            outcome.append(call())
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=work_beside, name="native solver")
     try:
-        thread.join(_POLL_SECONDS / 10)
-        while thread.is_alive():
+        thread.start()
+        ended.wait(_POLL_SECONDS / 10)
+        while not ended.is_set():
             progress(min(1.0, control.done / work))
-            thread.join(_POLL_SECONDS)
+            ended.wait(_POLL_SECONDS)
     except BaseException:
         control.stop = 1
-        thread.join()
+        if thread.ident is not None:
+            ended.wait()
+            thread.join()
         raise
+    thread.join()
     if outcome == [1]:
         raise InterruptedSolveError
     if outcome == [2]:

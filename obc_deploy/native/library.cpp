@@ -23,6 +23,18 @@ const InstructionSet& now() { return chosen ? *chosen : best(); }
 
 const RowSolvers& solvers(int64_t bits) { return bits == 64 ? now().float64 : now().float32; }
 
+// What is thrown before any row is begun must not reach the caller, who is no C++.
+template <class Solve>
+int64_t outcome_of(Solve solve) {
+    try {
+        return solve();
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    } catch (...) {
+        return kUnknown;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -56,33 +68,39 @@ int64_t obc_use_instruction_set(const char* name) {
 
 int64_t obc_prune_columns(const Layer* layer, int64_t bits, int64_t group, int64_t zeros,
                           int32_t* order, void* increase) {
-    return solvers(bits).prune_columns(*layer, GroupZeros{group, zeros}, order, increase);
+    return outcome_of([&] {
+        return solvers(bits).prune_columns(*layer, GroupZeros{group, zeros}, order, increase);
+    });
 }
 
 int64_t obc_prune_blocks(const Layer* layer, int64_t bits, int64_t width, int32_t* order,
                          void* increase) {
-    return solvers(bits).prune_blocks(*layer, width, order, increase);
+    return outcome_of([&] { return solvers(bits).prune_blocks(*layer, width, order, increase); });
 }
 
 int64_t obc_quantize(const Layer* layer, int64_t bits, const double* scale,
                      const double* zero_point, int64_t code_min, int64_t code_max,
                      const uint8_t* mask, int8_t* codes) {
     const WeightGrid grid{scale, zero_point, code_min, code_max};
-    return solvers(bits).quantize(*layer, grid, mask, codes);
+    return outcome_of([&] { return solvers(bits).quantize(*layer, grid, mask, codes); });
 }
 
 int64_t obc_replay(const Layer* layer, int64_t bits, const int32_t* order, int64_t steps,
                    int64_t width, const int64_t* counts, int64_t levels, float* weights) {
-    return solvers(bits).replay(*layer, order, steps, width, counts, levels, weights);
+    return outcome_of([&] {
+        return solvers(bits).replay(*layer, order, steps, width, counts, levels, weights);
+    });
 }
 
 int64_t obc_selected_solve(const Layer* layer, const double* matrices, const uint8_t* mask,
                            const double* right, double* solution) {
-    return now().selected_solve(*layer, matrices, mask, right, solution);
+    return outcome_of([&] {
+        return now().selected_solve(*layer, matrices, mask, right, solution);
+    });
 }
 
 int64_t obc_find_grid(const GridSearch* search, int64_t threads, Control* control) {
-    return now().find_grid(*search, threads, control);
+    return outcome_of([&] { return now().find_grid(*search, threads, control); });
 }
 
 double obc_update_rate(int64_t bits, int64_t size, int64_t depth, int64_t repeats) {

@@ -9,7 +9,7 @@ class PruneBlocks final : public RowSolver {
   public:
     PruneBlocks(const Layer& layer, const Start<T>& start, int32_t* order, T* increase)
         : layer_(layer), start_(start), order_(order), increase_(increase),
-          inverse_(layer.cols, layer.lazy), stride_(row_length<T>(layer.cols / width)),
+          inverse_(layer.cols, std::max(layer.lazy, int64_t(width))), stride_(row_length<T>(layer.cols / width)),
           weight_(width * stride_), floor_(width * stride_), closed_(stride_),
           gram_(kPairs * stride_), part_(width * width * stride_) {}
 

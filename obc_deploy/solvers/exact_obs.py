@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -53,8 +53,13 @@ class Trace:
         """(rows,) int64: each row's share of the ceil(sparsity · all) cheapest steps."""
         rows, steps = self.order.shape
         count = zeros_of(rows * steps, sparsity)
-        cheapest = torch.argsort(self.increase.flatten(), dim=0, stable=True)[:count]
-        return torch.bincount(cheapest // steps, minlength=rows)
+        return torch.bincount(self._row_by_cost[:count], minlength=rows)
+
+    @cached_property
+    def _row_by_cost(self) -> torch.Tensor:
+        """The row of every step of the layer, cheapest first."""
+        cheapest = torch.argsort(self.increase.flatten(), dim=0, stable=True)
+        return cheapest // self.order.shape[1]
 
     def mask(self, counts: torch.Tensor) -> torch.Tensor:
         """(rows, cols) bool, false where the first `counts` steps of each row prune."""
@@ -91,18 +96,18 @@ def exact_obs(
 
     All unstructured levels share one trace, and so do all block levels.
     """
-    kinds = list(dict.fromkeys(_kind(pattern) for pattern in patterns))
+    kinds = list(dict.fromkeys(pattern_kind(pattern) for pattern in patterns))
     found: dict[Pattern, PrunedRows] = {}
     for done, kind in enumerate(kinds):
         share = part_of(progress, done / len(kinds), (done + 1) / len(kinds))
-        of_kind = list(dict.fromkeys(each for each in patterns if _kind(each) == kind))
+        of_kind = list(dict.fromkeys(each for each in patterns if pattern_kind(each) == kind))
         if isinstance(of_kind[0], NM):
             mask = _nm_mask(problem, of_kind[0], settings, share)
             found[of_kind[0]] = PrunedRows(mask, best_weight(problem, mask, settings))
         else:
             run = trace_blocks if isinstance(of_kind[0], Block4) else trace_weights
             levels = [pattern.sparsity for pattern in of_kind if not isinstance(pattern, NM)]
-            replayed = _worth_replaying(levels, settings, problem.weight.device)
+            replayed = worth_replaying(levels, settings, problem.weight.device)
             trace = run(problem, settings, part_of(share, 0.0, 0.5 if replayed else 1.0))
             weigh = _replayed if replayed else _solved
             pruned = weigh(problem, trace, levels, settings, part_of(share, 0.5, 1.0))
@@ -111,12 +116,17 @@ def exact_obs(
     return [found[pattern] for pattern in patterns]
 
 
-def _kind(pattern: Pattern) -> object:
+def sparsity_of(pattern: Pattern) -> float:
+    """Share of the weights that a pattern prunes."""
+    return (pattern.m - pattern.n) / pattern.m if isinstance(pattern, NM) else pattern.sparsity
+
+
+def pattern_kind(pattern: Pattern) -> object:
     """Equal for patterns that share a trace."""
     return pattern if isinstance(pattern, NM) else type(pattern)
 
 
-def _worth_replaying(
+def worth_replaying(
     levels: Sequence[float], settings: SolverSettings, device: torch.device
 ) -> bool:
     """Whether one more run is less work than a solve for each level; counts in cols³ / 3."""

@@ -109,16 +109,18 @@ def _find_natively(grouped: torch.Tensor, quantization: Quantization, steps: int
     rows, groups, width = grouped.shape
     scale = torch.empty(rows, groups, dtype=torch.float32)
     zero_point = torch.empty(rows, groups, dtype=torch.int8)
-    search = native.GridSearch(
-        grouped.data_ptr(), rows * groups, width, quantization.code_min, quantization.code_max,
-        int(quantization.asymmetric), steps, _SHRINK_STEP, _SMALLEST_SCALE,
-        scale.data_ptr(), zero_point.data_ptr(),
-    )  # fmt: skip
     control = native.Control(0, 0)
     threads = torch.get_num_threads() if grouped.numel() * steps > _WORTH_THREADS else 1
     find = native.library().obc_find_grid
-    native.run(
-        lambda: int(find(ctypes.addressof(search), threads, ctypes.addressof(control))),
-        control, 1.0, lambda _: None,
-    )  # fmt: skip
+
+    def call() -> int:
+        # All memory is held from here, so it stays until native code returns.
+        search = native.GridSearch(
+            native.address(grouped), rows * groups, width, quantization.code_min,
+            quantization.code_max, int(quantization.asymmetric), steps, _SHRINK_STEP,
+            _SMALLEST_SCALE, native.address(scale), native.address(zero_point),
+        )  # fmt: skip
+        return int(find(ctypes.addressof(search), threads, ctypes.addressof(control)))
+
+    native.run(call, control, 1.0, lambda _: None)
     return Grid(scale, zero_point, quantization.code_min, quantization.code_max)

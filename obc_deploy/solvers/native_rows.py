@@ -13,6 +13,7 @@ import warnings
 import torch
 
 from obc_deploy import native
+from obc_deploy.errors import ProblemError
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.grids import Grid
 from obc_deploy.solvers.problems import DampedProblem
@@ -21,8 +22,11 @@ from obc_deploy.solvers.settings import SolverSettings, worker_threads
 BLOCK_WIDTHS = (2, 4, 8, 16)
 """Widths of blocks that are compiled."""
 
-_WIDE = 1024
+WIDE = 1024
 """Columns from which longer updates pay: the inverse no longer fits the second-level cache."""
+
+_DOUBLE_ONLY = frozenset({"obc_selected_solve"})
+"""Functions without a choice of precision."""
 
 
 class SlowSolverWarning(UserWarning):
@@ -67,8 +71,7 @@ def prune_columns(
     steps = cols // group * zeros
     order = torch.empty(rows, steps, dtype=torch.int32)
     increase = torch.empty(rows, steps, dtype=settings.dtype)
-    with _Job(problem, settings, progress) as job:
-        job.run("obc_prune_columns", group, zeros, order, increase)
+    _run("obc_prune_columns", problem, settings, progress, group, zeros, order, increase)
     return order, increase
 
 
@@ -79,12 +82,19 @@ def prune_blocks(
 
     Returns:
         (rows, blocks) int32 pruned block and (rows, blocks) loss increase of each step.
+
+    Raises:
+        ProblemError: a width that is not among BLOCK_WIDTHS or does not divide the columns.
     """
     rows, cols = problem.weight.shape
+    if width not in BLOCK_WIDTHS or cols % width:
+        raise ProblemError(
+            f"blocks of {width} columns do not fit {cols} columns; use a divisor among "
+            f"{', '.join(map(str, BLOCK_WIDTHS))}"
+        )
     order = torch.empty(rows, cols // width, dtype=torch.int32)
     increase = torch.empty(rows, cols // width, dtype=settings.dtype)
-    with _Job(problem, settings, progress) as job:
-        job.run("obc_prune_blocks", width, order, increase)
+    _run("obc_prune_blocks", problem, settings, progress, width, order, increase)
     return order, increase
 
 
@@ -110,8 +120,10 @@ def quantize(
     scale, zero_point = (each.contiguous() for each in grid.per_column(cols, torch.float64))
     codes = torch.empty(weight.shape, dtype=torch.int8)
     stays = None if mask is None else mask.to(torch.uint8).contiguous()
-    with _Job(problem, settings, progress, weight=weight) as job:
-        job.run("obc_quantize", scale, zero_point, grid.code_min, grid.code_max, stays, codes)
+    _run(
+        "obc_quantize", problem, settings, progress,
+        scale, zero_point, grid.code_min, grid.code_max, stays, codes, weight=weight,
+    )  # fmt: skip
     return codes
 
 
@@ -140,8 +152,10 @@ def replay(
     rows, cols = problem.weight.shape
     weights = torch.empty(counts.shape[1], rows, cols, dtype=torch.float32)
     order, counts = order.to(torch.int32).contiguous(), counts.to(torch.int64).contiguous()
-    with _Job(problem, settings, progress) as job:
-        job.run("obc_replay", order, order.shape[1], width, counts, counts.shape[1], weights)
+    _run(
+        "obc_replay", problem, settings, progress,
+        order, order.shape[1], width, counts, counts.shape[1], weights,
+    )  # fmt: skip
     return weights
 
 
@@ -162,58 +176,46 @@ def selected_solve(
         settings: how the library works.
     """
     solution = torch.empty(right.shape, dtype=torch.float64)
-    with _Job(problem, settings, lambda _: None) as job:
-        job.run(
-            "obc_selected_solve", matrix.contiguous(), mask.to(torch.uint8).contiguous(),
-            right.contiguous(), solution,
-        )  # fmt: skip
+    _run(
+        "obc_selected_solve", problem, settings, lambda _: None,
+        matrix.contiguous(), mask.to(torch.uint8).contiguous(), right.contiguous(), solution,
+    )  # fmt: skip
     return solution
 
 
-class _Job:
-    """One call of the library: a layer's pointers, kept alive while native code reads them."""
+def _run(
+    name: str,
+    problem: DampedProblem,
+    settings: SolverSettings,
+    progress: Progress,
+    *arguments: torch.Tensor | int | None,
+    weight: torch.Tensor | None = None,
+) -> None:
+    """Call `name` of the library on the layer and `arguments`, tensors passed as pointers.
 
-    def __init__(
-        self,
-        problem: DampedProblem,
-        settings: SolverSettings,
-        progress: Progress,
-        *,
-        weight: torch.Tensor | None = None,
-    ) -> None:
-        rows, cols = problem.weight.shape
-        self._bits = torch.finfo(settings.dtype).bits
-        self._progress = progress
-        self._work = float(rows) * cols**3
-        self._kept = [
-            problem.inverse.contiguous(),
-            problem.hessian.contiguous(),
-            problem.group_of_row.to(torch.int64).contiguous(),
-            (problem.weight if weight is None else weight).to(torch.float64).contiguous(),
-        ]
-        self._control = native.Control(0, 0)
-        pointers = [native.address(tensor) for tensor in self._kept]
-        self._layer = native.Layer(
-            rows, cols, problem.inverse.shape[0], *pointers,
-            settings.update_length(wide=cols >= _WIDE), worker_threads(rows, cols),
-            ctypes.addressof(self._control),
+    `weight` takes the place of the layer's own.
+    """
+    rows, cols = problem.weight.shape
+    tensors = (
+        problem.inverse.contiguous(),
+        problem.hessian.contiguous(),
+        problem.group_of_row.to(torch.int64).contiguous(),
+        (problem.weight if weight is None else weight).to(torch.float64).contiguous(),
+    )
+    lazy, threads = settings.update_length(wide=cols >= WIDE), worker_threads(rows, cols)
+    function = getattr(native.library(), name)
+    bits = () if name in _DOUBLE_ONLY else (torch.finfo(settings.dtype).bits,)
+    control = native.Control(0, 0)
+
+    def call() -> int:
+        # All memory is held from here, so it stays until native code returns.
+        layer = native.Layer(
+            rows, cols, problem.inverse.shape[0], *map(native.address, tensors),
+            lazy, threads, ctypes.addressof(control),
         )  # fmt: skip
-
-    def __enter__(self) -> _Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._kept.clear()
-
-    def run(self, name: str, *arguments: torch.Tensor | int | None) -> None:
-        """Call `name` with tensors as pointers."""
         passed = [
             native.address(each) if isinstance(each, torch.Tensor) else each for each in arguments
         ]
-        front = [ctypes.addressof(self._layer)]
-        if name != "obc_selected_solve":
-            front.append(self._bits)
-        function = getattr(native.library(), name)
-        native.run(
-            lambda: int(function(*front, *passed)), self._control, self._work, self._progress
-        )
+        return int(function(ctypes.addressof(layer), *bits, *passed))
+
+    native.run(call, control, float(rows) * cols**3, progress)
