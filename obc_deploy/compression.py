@@ -48,6 +48,8 @@ from obc_deploy.schemes import DENSE, Block4, Quantization, Scheme, Unstructured
 from obc_deploy.solvers import check_scheme, needs_hessian, solve_levels
 from obc_deploy.solvers.contract import DEFAULT_DAMPING, CompressedLayer, LayerProblem
 from obc_deploy.solvers.dispatch import torch_device
+from obc_deploy.solvers.estimate import LayerShape, estimate_seconds, operations
+from obc_deploy.solvers.settings import SolverSettings, precision
 from obc_deploy.solvers.staged import quantize_pruned
 from obc_deploy.targets import Placement, Target, as_target, preflight
 
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from obc_deploy.artifacts import Artifact
+
+_WORTH_ANNOUNCING = 1e11
+"""Operations of the solver, a few seconds of work, from which its time is estimated beforehand."""
 
 DEFAULT_BATCH = 64
 """Samples that run through the network at a time."""
@@ -545,6 +550,7 @@ class _Work:
         active = [layer for layer in calibrated.layers if not self.schemes[layer.name].is_dense]
         statistics: Mapping[str, LayerStatistics] = {}
         if active and needs_hessian(self.method):
+            self._announce(active)
             statistics = calibrated.hessians(active, torch.float64, self.say)
         network = calibrated.network.branch()
         forms = self._prune(network, active, statistics)
@@ -567,6 +573,22 @@ class _Work:
                 reestimated = self._reestimate(network) or reestimated
             folded, _, forms = fold_batch_norms(network, list(calibrated.layers), forms)
         return _into(calibrated.folded, folded, calibrated.folded_layers, forms), forms, reestimated
+
+    def _announce(self, active: Sequence[Layer]) -> None:
+        """Say how long the solver will take, where that is worth saying."""
+        shapes = []
+        for layer in active:
+            scheme = self.schemes[layer.name]
+            pruned = self._key(layer, Scheme(scheme.pattern, None)) in self.calibrated.pruned
+            shapes.append(LayerShape(layer.rows, layer.cols, (scheme,), pruned=pruned))
+        if self.calibrated.device != "cpu" or operations(shapes) < _WORTH_ANNOUNCING:
+            return
+        seconds = estimate_seconds(shapes, SolverSettings(dtype=precision(self.dtype)))
+        text = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+        self.say(f"{len(active)} layers to solve, about {text}", 0.0)
+
+    def _key(self, layer: Layer, scheme: Scheme) -> tuple[str, str, str | None, float, str]:
+        return (layer.name, str(scheme), self.method, self.damping, self.dtype)
 
     def _reestimate(self, network: Network) -> int:
         if not self.bn_reestimate or not find_batch_norms(network.module):
@@ -610,12 +632,8 @@ class _Work:
         report: Callable[[float], None],
     ) -> CompressedLayer[Tensor]:
         """The pruned layer, with all other levels of its kind that were announced."""
-
-        def key(scheme: Scheme) -> tuple[str, str, str | None, float, str]:
-            return (layer.name, str(scheme), self.method, self.damping, self.dtype)
-
         known = self.calibrated.pruned
-        if key(pattern) not in known:
+        if self._key(layer, pattern) not in known:
             announced = {Scheme(level.pattern, None) for level in self.calibrated.levels}
             levels = [pattern] + [
                 level
@@ -628,8 +646,10 @@ class _Work:
                 self._problem(layer, matrix, statistics), levels, method=self.method,
                 dtype=self.dtype, device=self.calibrated.device, progress=report,
             )  # fmt: skip
-            known.update({key(level): form for level, form in zip(levels, solved, strict=True)})
-        return known[key(pattern)]
+            known.update(
+                {self._key(layer, level): f for level, f in zip(levels, solved, strict=True)}
+            )
+        return known[self._key(layer, pattern)]
 
     def _codes(
         self,

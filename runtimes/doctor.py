@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import shutil
 import sys
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obc_deploy import native
 from obc_deploy.errors import ObcDeployError
 from obc_deploy.runtimes.contract import RuntimeInfo
 from obc_deploy.runtimes.fingerprint import Fingerprint, take_fingerprint
@@ -40,11 +42,27 @@ class CpuFeature:
 
 
 @dataclass(frozen=True)
+class SolverInfo:
+    """Whether the compiled row solvers work; without them the exact solver runs on torch, slowly.
+
+    Attributes:
+        works: they solved a small problem.
+        instruction_set: the one in use, "avx512", "avx2" or "portable"; None where they do not run.
+        reason: why they do not work, with the fix; None where they do.
+    """
+
+    works: bool
+    instruction_set: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Everything `obc-deploy doctor` says.
 
     Attributes:
         runtimes: each runtime, tried on a small graph where it is installed.
+        solvers: the compiled row solvers, tried on a small problem.
         machine: the machine.
         cpu_features: those that matter here, with what their presence or absence means.
         versions: installed packages; None where one is missing.
@@ -53,6 +71,7 @@ class Diagnosis:
     """
 
     runtimes: tuple[RuntimeInfo, ...]
+    solvers: SolverInfo
     machine: Fingerprint
     cpu_features: tuple[CpuFeature, ...]
     versions: dict[str, str | None]
@@ -63,6 +82,7 @@ class Diagnosis:
         """JSON-ready values."""
         return {
             "runtimes": [runtime.as_dict() for runtime in self.runtimes],
+            "solvers": asdict(self.solvers),
             "machine": self.machine.as_dict(),
             "cpu_features": [asdict(feature) for feature in self.cpu_features],
             "versions": dict(self.versions),
@@ -108,6 +128,38 @@ def try_runtime(info: RuntimeInfo, probe: Path, timeout_s: float = 120.0) -> Run
         wrong = f"{info.title} computed a wrong result on a graph of two operators; reinstall it"
         return replace(info, works=False, reason=wrong)
     return replace(info, version=version)
+
+
+def try_solvers() -> SolverInfo:
+    """The compiled row solvers after pruning one row with uncorrelated inputs: smallest first."""
+    import numpy as np
+
+    if not native.is_available():
+        return SolverInfo(False, None, native.why_missing())
+    name = native.instruction_set()
+    weight = np.array([[3.0, -1.0, 4.0, 0.5, 2.0]])
+    cols = weight.size
+    identity, group = np.eye(cols), np.zeros(1, dtype=np.int64)
+    order, increase = np.zeros(cols, dtype=np.int32), np.zeros(cols, dtype=np.float32)
+    control = native.Control(0, 0)
+    prune = native.library().obc_prune_columns
+
+    def call() -> int:
+        layer = native.Layer(
+            1, cols, 1, identity.ctypes.data, identity.ctypes.data, group.ctypes.data,
+            weight.ctypes.data, cols, 1, ctypes.addressof(control),
+        )  # fmt: skip
+        to = order.ctypes.data, increase.ctypes.data
+        return int(prune(ctypes.addressof(layer), 32, cols, cols, *to))
+
+    native.run(call, control, cols**3, lambda _: None)
+    smallest = np.argsort(weight[0] ** 2)
+    if (order == smallest).all() and np.allclose(increase, weight[0, smallest] ** 2):
+        return SolverInfo(True, name, None)
+    return SolverInfo(
+        False, name, "they computed a wrong result on a row of five weights; reinstall obc-deploy, "
+        f"or set {native.DISABLE_VARIABLE}=0 to do without them",
+    )  # fmt: skip
 
 
 def _tensorrt(machine: Fingerprint) -> RuntimeInfo:
@@ -199,6 +251,7 @@ def diagnose(timeout_s: float = 120.0) -> Diagnosis:
     )
     return Diagnosis(
         runtimes=(*tried, _tensorrt(machine)),
+        solvers=try_solvers(),
         machine=machine,
         cpu_features=explain_cpu(machine.cpu_features, platform.machine()),
         versions={package: _version(package) for package in PACKAGES},
@@ -246,6 +299,13 @@ def render(diagnosis: Diagnosis) -> Group:
         for gpu in machine.gpus
     )
     rest.add_row("GPU", escape(gpus) or "none")
+    solvers = diagnosis.solvers
+    rest.add_row(
+        "compiled solvers",
+        f"[green]yes[/green], with {solvers.instruction_set}"
+        if solvers.works
+        else f"[red]no[/red]: {escape(str(solvers.reason))}",
+    )
     rest.add_row("compiler", diagnosis.compiler or "none: install g++ (apt install g++)")
     rest.add_row("python", diagnosis.python)
     for package, version in diagnosis.versions.items():

@@ -44,12 +44,12 @@ GRAMMAR_LINES = (
 
 
 def doctor(json: o.JsonFile = None) -> None:
-    """Say which runtimes work here, why others do not, and what this CPU is good for."""
+    """Say which runtimes and solvers work here, why others do not, and what this CPU can do."""
     from obc_deploy.runtimes.doctor import diagnose, render
 
     out = Output(json)
     with out.working() as say:
-        say("trying the runtimes", 0.0)
+        say("trying the runtimes and the solvers", 0.0)
         diagnosis = diagnose()
     out.show(render(diagnosis))
     out.results(diagnosis.as_dict())

@@ -92,7 +92,10 @@ class DowndatedInverse {
         const T* row = source_ + p * source_length_;
         for (int64_t i = 0; i <= p; ++i) to[i] = row[i];
         const T* down = source_ + p;
-        for (int64_t i = p + 1; i < size; ++i) to[i] = down[i * source_length_];
+        for (int64_t i = p + 1; i < size; ++i) {
+            __builtin_prefetch(down + (i + kAhead) * source_length_);
+            to[i] = down[i * source_length_];
+        }
         for (int64_t i = size; i < whole_vectors<T>(size); ++i) to[i] = T(0);
     }
 
@@ -151,6 +154,8 @@ class DowndatedInverse {
     Buffer<T> floor;
 
   private:
+    static constexpr int64_t kAhead = 24;  // rows whose numbers are on their way
+
     template <int count, class Visit>
     OBC_INLINE void combine(int64_t i, T* to, T inverse_root, Visit visit) {
         Vector<T> v[count];

@@ -45,11 +45,13 @@ class LayerShape:
         rows: rows of the matrix problem.
         cols: columns of the matrix problem.
         schemes: what is to be solved for it.
+        pruned: whether the pruning was done earlier and quantization alone is left.
     """
 
     rows: int
     cols: int
     schemes: tuple[Scheme, ...]
+    pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
     schemes = len(shape.schemes)
     total = Work(factors=cols**3, inverses=2 * rows * cols**2 * schemes, calls=schemes)
     patterns = list(dict.fromkeys(s.pattern for s in shape.schemes if s.pattern is not None))
-    for kind in dict.fromkeys(pattern_kind(pattern) for pattern in patterns):
+    kinds = dict.fromkeys(pattern_kind(pattern) for pattern in patterns)
+    for kind in () if shape.pruned else kinds:
         levels = [sparsity_of(p) for p in patterns if pattern_kind(p) == kind]
         total += run(cols, _NM_SHARE if isinstance(kind, NM) else 1.0)
         if worth_replaying(levels, settings, torch.device("cpu")):
@@ -117,6 +120,12 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
             left = (1 - sparsity_of(scheme.pattern)) * cols
             total += run(left) + Work(inverses=rows * left**3)
     return total
+
+
+def operations(shapes: Iterable[LayerShape]) -> float:
+    """Floating-point operations of all layers together."""
+    works = [layer_work(shape, SolverSettings()) for shape in shapes]
+    return sum(work.updates + work.solves + work.inverses for work in works)
 
 
 @dataclass(frozen=True)

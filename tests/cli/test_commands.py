@@ -16,6 +16,7 @@ import typer
 from cli_networks import small_network
 
 import obc_deploy
+from obc_deploy import native
 from obc_deploy.activations import RangeMethod
 from obc_deploy.benchmarks.measurement import Measurement, WorkerSamples, measurement, with_speedups
 from obc_deploy.cli import app
@@ -90,6 +91,18 @@ def test_doctor_tries_onnxruntime(run: Run) -> None:
     works = {info["name"]: info["works"] for info in answer.json["runtimes"]}
     assert works["onnxruntime"] is True
     assert answer.json["machine"]["usable_cores"] >= 1
+    assert answer.json["solvers"]["works"] == native.is_available()
+
+
+def test_doctor_says_why_the_compiled_solvers_are_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_find", lambda: native._Found(None, "not built: install g++"))
+    answer = run("doctor", "--json", "-")
+    assert answer.code == 0
+    assert answer.json["solvers"] == {
+        "works": False, "instruction_set": None, "reason": "not built: install g++",
+    }  # fmt: skip
 
 
 def test_doctor_draws_tables(run: Run) -> None:

@@ -4,17 +4,29 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from onnx_models import OnnxBuilder, needs_deepsparse
 from rich.console import Console
 
+from obc_deploy import native
 from obc_deploy.runtimes import onnxruntime_cpu
-from obc_deploy.runtimes.doctor import diagnose, explain_cpu, render, try_runtime
+from obc_deploy.runtimes.doctor import (
+    SolverInfo,
+    diagnose,
+    explain_cpu,
+    render,
+    try_runtime,
+    try_solvers,
+)
 from obc_deploy.runtimes.fingerprint import take_fingerprint
 from obc_deploy.runtimes.registry import RUNTIMES
 
@@ -37,6 +49,44 @@ def test_the_diagnosis_runs_each_runtime_and_prints() -> None:
         if title in ("VNNI", "AMX") and platform.machine() != "x86_64":
             continue
         assert title in page.getvalue()
+    solvers = diagnosis.as_dict()["solvers"]
+    assert solvers["works"] == native.is_available()
+    answer = f"yes, with {solvers['instruction_set']}" if solvers["works"] else "no: "
+    assert f"compiled solvers │ {answer}" in re.sub(" +", " ", page.getvalue())
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the compiled solvers are missing here")
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_the_compiled_solvers_are_tried(name: str) -> None:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(native.use_instruction_set(name))
+        except ValueError:
+            pytest.skip(f"this processor or this build lacks {name}")
+        assert try_solvers() == SolverInfo(True, name, None)
+
+
+def test_compiled_solvers_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_find", lambda: native._Found(None, "not built: install [g++]"))
+    assert try_solvers() == SolverInfo(False, None, "not built: install [g++]")
+    diagnosis = replace(diagnose(), solvers=try_solvers())
+    page = io.StringIO()
+    Console(file=page, width=200).print(render(diagnosis))
+    assert "no: not built: install [g++]" in page.getvalue()
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the compiled solvers are missing here")
+def test_compiled_solvers_that_compute_another_thing_do_not_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = SimpleNamespace(
+        obc_prune_columns=lambda *arguments: 0,  # says it is done, and did nothing
+        obc_instruction_set=native.library().obc_instruction_set,
+    )
+    monkeypatch.setattr(native, "library", lambda: library)
+    found = try_solvers()
+    assert not found.works
+    assert "wrong result" in str(found.reason)
 
 
 def test_a_runtime_that_cannot_run_says_why(tmp_path: Path) -> None:

@@ -81,12 +81,12 @@ ANY_WIDTH = [
 WHOLE_BLOCKS = [(1, 4), (5, 8, 5), (3, 12, 1, 2), (4, 20, 2), (3, 12, 1, 0, 1), (2, 36), (1, 52)]
 EIGHTS = [(1, 8), (2, 24, 2), (3, 40, 1, 3), (2, 16, 1, 0, 1)]
 TASKS = [
-    *((shape, f"unstructured@{level}") for shape in ANY_WIDTH for level in (0.3, 0.75, 0.97)),
+    *((shape, f"unstructured@{level}") for shape in ANY_WIDTH for level in (0.3, 0.9)),
     *((shape, f"block4@{level}") for shape in WHOLE_BLOCKS for level in (0.5, 0.9)),
     *((shape, text) for shape in WHOLE_BLOCKS for text in ("2:4", "1:4", "3:4")),
     *((shape, text) for shape in EIGHTS for text in ("4:8", "1:8", "7:8")),
-    *((shape, f"w{bits}") for shape in ANY_WIDTH for bits in (2, 4, 8)),
-    *((shape, f"w{bits}-asym") for shape in ANY_WIDTH for bits in (2, 3, 4, 8)),
+    *((shape, f"w{bits}") for shape in ANY_WIDTH for bits in (2, 4)),
+    *((shape, f"w{bits}-asym") for shape in ANY_WIDTH for bits in (3, 8)),
     *((shape, text) for shape in WHOLE_BLOCKS for text in ("w4g4", "w3g2-asym", "w8g4-asym")),
     *(
         (shape, text)
@@ -123,6 +123,11 @@ def brute_force(shape, text):
     return found, oracle.relative_error(weight, found.astype(np.float32), hessian), codes
 
 
+@functools.cache
+def by_torch(shape, texts):
+    return solve_levels(layer(*case(*shape)), list(texts), settings=TORCH64)
+
+
 def is_regular(shape):
     """Whether no two columns cost the same nothing: then all masks are one."""
     return len(shape) < 4
@@ -138,7 +143,7 @@ def test_float64_is_brute_force_and_the_torch_solver(shape, text, instruction_se
     if codes is not None:
         np.testing.assert_array_equal(solved.codes, codes)
 
-    other = solve_levels(problem, [text], settings=TORCH64)[0]
+    other = by_torch(shape, (text,))[0]
     torch.testing.assert_close(solved.weight, other.weight, rtol=1e-6, atol=1e-7)
     assert solved.error == pytest.approx(other.error, rel=1e-9, abs=1e-12)
     if codes is not None:
@@ -172,7 +177,7 @@ def test_many_updates_are_the_torch_solver(shape, texts, lazy, instruction_set):
     """Wide rows: the inverse is updated and its gaps closed many times."""
     problem = layer(*case(*shape))
     found = solve_levels(problem, texts, settings=replace(FLOAT64, lazy=lazy))
-    expected = _by_torch(shape, tuple(texts))
+    expected = by_torch(shape, tuple(texts))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-7)
         assert one.error == pytest.approx(other.error, rel=1e-9)
@@ -181,11 +186,6 @@ def test_many_updates_are_the_torch_solver(shape, texts, lazy, instruction_set):
     for one, other in zip(single, expected, strict=True):
         allowed = 0.003 if one.codes is None else 0.03
         assert one.error == pytest.approx(other.error, rel=allowed)
-
-
-@functools.cache
-def _by_torch(shape, texts):
-    return solve_levels(layer(*case(*shape)), list(texts), settings=TORCH64)
 
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
