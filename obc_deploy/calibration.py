@@ -22,6 +22,9 @@ from obc_deploy.layers import Layer, input_vectors
 
 HESSIAN_MEMORY = 4 * 2**30
 """Bytes of Hessians held at a time, unless told otherwise."""
+_WAITING_BYTES = 16 * 2**20
+_MANY_VECTORS = 256
+"""Vectors from which a product of its own precision is as good as the sum's."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,37 @@ class LayerStatistics:
 
 
 class HessianAccumulator:
-    """Adds up Σ x xᵀ of one layer: products in the inputs' dtype, sums in `dtype`."""
+    """Adds up Σ x xᵀ of one layer: products in the inputs' dtype, sums in `dtype`.
+
+    Vectors wait until there are enough of them: adding a product to the sum costs as much as some
+    hundred vectors do. What is left of a small calibration set is multiplied in `dtype`.
+    """
 
     def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         self._layer = layer
         self._sum = torch.zeros(layer.groups, layer.cols, layer.cols, dtype=dtype, device=device)
         self._vectors = 0
+        self._waiting: list[Tensor] = []
+        self._waiting_bytes = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add the input vectors of one call of the layer."""
         for vectors in input_vectors(self._layer, inputs):
-            if self._sum.dtype == torch.float64 and vectors.shape[-1] < self._layer.cols:
-                vectors = vectors.double()
-            self._sum += vectors @ vectors.transpose(1, 2)
             self._vectors += vectors.shape[-1]
+            self._waiting.append(vectors)
+            self._waiting_bytes += vectors.numel() * vectors.element_size()
+            if self._waiting_bytes >= _WAITING_BYTES:
+                self._multiply()
+
+    def _multiply(self) -> None:
+        if not self._waiting:
+            return
+        vectors = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, -1)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        if vectors.shape[-1] < min(self._layer.cols, _MANY_VECTORS):
+            vectors = vectors.to(self._sum.dtype)
+        self._sum += vectors @ vectors.transpose(1, 2)
 
     def statistics(self) -> LayerStatistics:
         """The Hessian of everything added so far.
@@ -62,6 +82,7 @@ class HessianAccumulator:
             CalibrationError: nothing was added, or what was added is not finite.
         """
         name = self._layer.name
+        self._multiply()
         if self._vectors == 0:
             raise CalibrationError(f"layer '{name}' never ran on the calibration samples")
         hessian = self._sum * (2.0 / self._vectors)

@@ -245,16 +245,16 @@ BLOCK_LEVELS = [1 - 0.75**k for k in range(1, 11)]
 
 
 @pytest.mark.parametrize("shape", [(6, 44), (4, 100, 4), (3, 72, 1, 4), (2, 8), (4, 36, 1, 0, 1)])
-@pytest.mark.parametrize(("trace", "levels"), [(trace_weights, LEVELS), (trace_blocks, BLOCK_LEVELS)])
+@pytest.mark.parametrize(
+    ("trace", "levels"), [(trace_weights, LEVELS), (trace_blocks, BLOCK_LEVELS)]
+)
 @pytest.mark.parametrize("lazy", [None, 4])
 def test_replayed_levels_are_the_best_for_their_masks(shape, trace, levels, lazy, instruction_set):
     problem = damped(*case(*shape))
     chosen = replace(FLOAT64, lazy=lazy)
     traced = trace(problem, chosen, silent)
     counts = torch.stack([traced.counts(level) for level in levels], 1)
-    replayed = native_rows.replay(
-        problem, traced.order, counts, chosen, silent, width=traced.width
-    )
+    replayed = native_rows.replay(problem, traced.order, counts, chosen, silent, width=traced.width)
     for weight, count in zip(replayed, counts.unbind(1), strict=True):
         mask = traced.mask(count)
         assert torch.all(weight[~mask] == 0)
@@ -537,7 +537,10 @@ def test_numbers_that_are_none_are_given_back_in_range(instruction_set):
 
 def test_an_unknown_instruction_set_is_refused():
     best = native.instruction_set()
-    with pytest.raises(ValueError, match="'mmx' does not work here"), native.use_instruction_set("mmx"):
+    with (
+        pytest.raises(ValueError, match="'mmx' does not work here"),
+        native.use_instruction_set("mmx"),
+    ):
         pass
     with native.use_instruction_set("portable"):
         assert native.instruction_set() == "portable"
