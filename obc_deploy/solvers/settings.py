@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -28,7 +28,8 @@ class SolverSettings:
 
     Attributes:
         dtype: precision in which inverses are down-dated (they are made in float64).
-        memory: bytes that the inverses of one batch of rows may take.
+        memory: bytes that the inverses of one batch of rows may take on the CPU. On a GPU a batch
+            takes a third of what is free, and half as many rows when that was too much.
         lazy: eliminations whose rank-one updates are kept before the inverse itself is updated; a
             multiple of the block size. None: what was found fastest.
         native: whether the compiled row solvers work on the CPU; None: where they were built.
@@ -71,7 +72,9 @@ class SolverSettings:
         alone: threads that split every small operation would wait for each other thousands of times
         a layer, and for whoever else uses the machine.
         """
-        threads = worker_threads(rows, cols) if device.type == "cpu" else 1
+        if device.type != "cpu":
+            return self._until_it_fits(rows, cols, device, work, progress)
+        threads = worker_threads(rows, cols)
         batches = self.row_batches(rows, cols, threads)
         shared = _SharedProgress(progress, [batch.stop - batch.start for batch in batches])
         if threads == 1 or len(batches) == 1:
@@ -85,6 +88,33 @@ class SolverSettings:
             shared.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(threads)
+
+    def _until_it_fits(
+        self,
+        rows: int,
+        cols: int,
+        device: torch.device,
+        work: Callable[[slice, Progress], Result],
+        progress: Progress,
+    ) -> list[Result]:
+        """One batch after the other; one that runs out of memory is halved."""
+        sized = self
+        if device.type == "cuda":
+            sized = replace(self, memory=torch.cuda.mem_get_info(device)[0] // 3)
+        waiting = sized.row_batches(rows, cols)[::-1]
+        done: list[Result] = []
+        while waiting:
+            batch = waiting.pop()
+            try:
+                done.append(work(batch, part_of(progress, batch.start / rows, batch.stop / rows)))
+            except torch.OutOfMemoryError:
+                if batch.stop - batch.start == 1:
+                    raise
+                middle = (batch.start + batch.stop) // 2
+                waiting += [slice(middle, batch.stop), slice(batch.start, middle)]
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return done
 
 
 def worker_threads(rows: int, cols: int) -> int:

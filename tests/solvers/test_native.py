@@ -134,7 +134,7 @@ def is_regular(shape):
 
 
 @pytest.mark.parametrize(("shape", "text"), TASKS, ids=str)
-def test_float64_is_brute_force_and_the_torch_solver(shape, text, instruction_set):
+def test_every_kind_is_brute_force_and_the_torch_solver(shape, text, instruction_set):
     problem = layer(*case(*shape))
     solved = solve_levels(problem, [text], settings=FLOAT64)[0]
     weight, error, codes = brute_force(shape, text)
@@ -153,14 +153,9 @@ def test_float64_is_brute_force_and_the_torch_solver(shape, text, instruction_se
     if is_regular(shape):
         assert torch.equal(solved.mask, other.mask)
 
-
-@pytest.mark.parametrize(("shape", "text"), TASKS, ids=str)
-def test_float32_is_near_brute_force(shape, text, instruction_set):
-    solved = solve_levels(layer(*case(*shape)), [text], settings=SolverSettings())[0]
-    _, error, codes = brute_force(shape, text)
-    # So far may rounding lead the greedy order astray.
-    allowed = 0.003 if codes is None else 0.03
-    assert solved.error == pytest.approx(error, rel=allowed, abs=1e-7)
+    # In single precision rounding may lead the greedy order astray, so far and no further.
+    single = solve_levels(problem, [text], settings=SolverSettings())[0]
+    assert single.error == pytest.approx(error, rel=0.003 if codes is None else 0.03, abs=1e-7)
 
 
 WIDE_TASKS = [
