@@ -62,18 +62,20 @@ class HessianAccumulator:
             self._vectors += vectors.shape[-1]
             self._waiting.append(vectors)
             self._waiting_bytes += vectors.numel() * vectors.element_size()
-            if self._waiting_bytes >= _WAITING_BYTES:
+            if self._waiting_bytes >= max(_WAITING_BYTES, 2 * self._layer.cols**2):
                 self._multiply()
 
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        vectors = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, -1)
+        # Vectors are contiguous, so they are joined (and multiplied) as rows.
+        rows = [vectors.transpose(1, 2) for vectors in self._waiting]
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         self._waiting.clear()
         self._waiting_bytes = 0
-        if vectors.shape[-1] < min(self._layer.cols, _MANY_VECTORS):
-            vectors = vectors.to(self._sum.dtype)
-        self._sum += vectors @ vectors.transpose(1, 2)
+        if joined.shape[1] < min(self._layer.cols, _MANY_VECTORS):
+            joined = joined.to(self._sum.dtype)
+        self._sum += joined.transpose(1, 2) @ joined
 
     def statistics(self) -> LayerStatistics:
         """The Hessian of everything added so far.
@@ -85,8 +87,8 @@ class HessianAccumulator:
         self._multiply()
         if self._vectors == 0:
             raise CalibrationError(f"layer '{name}' never ran on the calibration samples")
-        hessian = self._sum * (2.0 / self._vectors)
-        if not bool(torch.isfinite(hessian).all()):
+        hessian = self._sum.mul_(2.0 / self._vectors)
+        if not bool(torch.isfinite(hessian.sum())):
             raise CalibrationError(
                 f"the inputs of layer '{name}' are not finite on the calibration samples: the "
                 "samples or the weights before it overflow; check the pre-processing (scale, mean, "

@@ -337,7 +337,7 @@ def input_vectors(layer: Layer, inputs: Tensor) -> Iterator[Tensor]:
         inputs: what the layer was called with, batch first.
 
     Yields:
-        (groups, cols, n) chunks of at most `UNFOLD_BYTES`.
+        (groups, cols, n) chunks of at most `UNFOLD_BYTES`, each vector contiguous.
     """
     if layer.kind is LayerKind.LINEAR:
         flat = inputs.reshape(-1, layer.cols)
@@ -355,10 +355,17 @@ def input_vectors(layer: Layer, inputs: Tensor) -> Iterator[Tensor]:
     ]
     per_sample = 4 * layer.groups * layer.cols * out[0] * out[1]
     step = max(1, UNFOLD_BYTES // max(1, per_sample))
+    # Channels last, as in the matrix: the unfolding then copies whole runs of channels.
+    planes = planes.permute(0, 2, 3, 1).contiguous()
     for start in range(0, planes.shape[0], step):
         chunk = planes[start : start + step]
-        columns = functional.unfold(chunk, kernel, dilation=dilation, stride=stride)
-        n, _, positions = columns.shape
-        # unfold orders (group, channel, kernel position); the matrix wants channels fastest.
-        columns = columns.reshape(n, layer.groups, layer.channels, math.prod(kernel), positions)
-        yield columns.permute(1, 3, 2, 0, 4).reshape(layer.groups, layer.cols, n * positions)
+        n, (sample, down, right, _) = chunk.shape[0], chunk.stride()
+        windows = chunk.as_strided(
+            (n, *out, *kernel, layer.groups, layer.channels),
+            (
+                sample, down * stride[0], right * stride[1], down * dilation[0],
+                right * dilation[1], layer.channels, 1,
+            ),
+        )  # fmt: skip
+        rows = windows.permute(5, 0, 1, 2, 3, 4, 6)
+        yield rows.reshape(layer.groups, n * out[0] * out[1], layer.cols).transpose(1, 2)

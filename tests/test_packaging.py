@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -56,6 +57,8 @@ def test_wheel_holds_every_room_under_one_name(wheel):
         "obc_deploy/benchmarks/report.html.jinja",
     ):
         assert wanted in names
+    if shutil.which("g++"):
+        assert any(name.startswith("obc_deploy/native/_rows.") for name in names)
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"obc_deploy"}
     assert not [name for name in names if "tests/" in name or "results/" in name]
