@@ -42,7 +42,7 @@ types: $(VENV)/.installed
 
 # One thread a worker: threads that share cores wait for each other.
 tests: $(VENV)/.runtimes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --durations=20
 
 test: lint types tests  ## lint, types and all tests, with coverage
 

@@ -39,8 +39,16 @@ class TargetError(ObcDeployError, ValueError):
     """An unknown target, or one that cannot take what it was given."""
 
 
+class BudgetError(ObcDeployError, ValueError):
+    """A budget that cannot be read, that nothing was measured for, or that no plan can meet."""
+
+
 class RunDirectoryError(ObcDeployError):
     """A run directory that is missing, in use, not writable or damaged."""
+
+
+class DatabaseError(ObcDeployError):
+    """A database of compressed layers that is missing, in use, damaged or of another problem."""
 
 
 class ExportError(ObcDeployError):
