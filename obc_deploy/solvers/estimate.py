@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -107,12 +107,15 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
         else:
             solved = sum((min(s, 1 - s) * cols) ** 3 / 3 for s in levels)
             total += Work(solves=rows * solved)
-    quantized: set[tuple[Pattern | None, str]] = set()
+    quantized: set[tuple[Pattern | None, Quantization]] = set()
     for scheme in shape.schemes:
-        grid = scheme.quantization
-        if grid is None or (scheme.pattern, f"{grid}") in quantized:
+        if scheme.quantization is None:
             continue
-        quantized.add((scheme.pattern, f"{grid}"))
+        # Schemes that differ in activations alone share everything.
+        grid = replace(scheme.quantization, activation_bits=None)
+        if (scheme.pattern, grid) in quantized:
+            continue
+        quantized.add((scheme.pattern, grid))
         total += Work(searched=rows * cols)
         if scheme.pattern is None:
             total += run(cols)

@@ -1,0 +1,101 @@
+"""What the solver's time is reckoned from: operations of each scheme, rates that are positive."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from obc_deploy import native
+from obc_deploy.compression import calibrate, compress
+from obc_deploy.schemes import as_scheme
+from obc_deploy.solvers import SolverSettings
+from obc_deploy.solvers.estimate import (
+    LayerShape,
+    Work,
+    estimate_seconds,
+    layer_work,
+    measure_rates,
+    operations,
+)
+
+ROWS, COLS = 8, 96
+TRACE = ROWS * COLS**3 / 3
+
+
+def work(*texts, **more):
+    schemes = tuple(as_scheme(text) for text in texts)
+    return layer_work(LayerShape(ROWS, COLS, schemes, **more), SolverSettings(native=False))
+
+
+def test_a_trace_is_a_third_of_the_cube_for_each_row():
+    assert work("unstructured@0.5").updates == pytest.approx(TRACE)
+    assert work("block4@0.9").updates == pytest.approx(TRACE)
+    assert work("w4").updates == pytest.approx(TRACE)
+    assert work("2:4").updates < TRACE
+    assert work("dense").updates == 0
+
+
+def test_levels_of_one_kind_share_a_trace_and_kinds_do_not():
+    one = work("unstructured@0.5").updates
+    assert work("unstructured@0.5", "unstructured@0.9").updates == pytest.approx(one)
+    assert work("unstructured@0.5", "block4@0.5").updates == pytest.approx(2 * one)
+    assert work("w4a8", "w4").updates == pytest.approx(one)
+    assert work("w4", "w3").updates == pytest.approx(2 * one)
+
+
+def test_a_level_costs_one_solve_of_what_is_fewer():
+    few, many = work("unstructured@0.9"), work("unstructured@0.1")
+    assert few.solves == pytest.approx(many.solves)
+    assert work("unstructured@0.5").solves == pytest.approx(ROWS * (COLS / 2) ** 3 / 3)
+
+
+def test_survivors_have_inverses_and_runs_of_their_own():
+    both, pruned = work("2:4+w4"), work("2:4")
+    assert both.inverses - pruned.inverses == pytest.approx(ROWS * (COLS / 2) ** 3)
+    assert both.updates - pruned.updates == pytest.approx(TRACE / 8)
+    left = work("2:4+w4", pruned=True)
+    assert left.updates == pytest.approx(both.updates - pruned.updates)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the compiled solvers are not built here")
+def test_many_levels_are_replayed_instead():
+    texts = [f"unstructured@0.{hundredth}" for hundredth in range(30, 71, 5)]
+    schemes = tuple(as_scheme(text) for text in texts)
+    replayed = layer_work(LayerShape(ROWS, COLS, schemes), SolverSettings())
+    assert replayed.solves == 0
+    assert replayed.updates == pytest.approx(2 * TRACE)
+
+
+def test_works_add_up():
+    assert Work(1, 2, 3, 4, 5, 6, 7) + Work(1, 1, 1, 1, 1, 1, 1) == Work(2, 3, 4, 5, 6, 7, 8)
+
+
+@pytest.mark.parametrize("rows_are_native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rates_are_positive_and_an_estimate_grows_with_the_layer(dtype, rows_are_native):
+    settings = SolverSettings(dtype=dtype, native=rows_are_native)
+    rates = measure_rates(64, settings)
+    for rate in (rates.updates, rates.visits, rates.doubles, rates.factors, rates.searches):
+        assert 0 < rate < math.inf
+    schemes = (as_scheme("2:4+w4"),)
+    small = rates.seconds(layer_work(LayerShape(64, 64, schemes), settings))
+    large = rates.seconds(layer_work(LayerShape(64, 640, schemes), settings))
+    assert 0 < small < large
+    assert 0 < estimate_seconds([LayerShape(4, 16, schemes)], settings) < math.inf
+    assert operations([LayerShape(64, 640, schemes)]) > operations([LayerShape(64, 64, schemes)])
+
+
+def test_compress_says_how_long_solving_will_take(monkeypatch):
+    monkeypatch.setattr("obc_deploy.compression._WORTH_ANNOUNCING", 1.0)
+    samples = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    said = []
+
+    def say(what, share):
+        said.append(what)
+
+    calibrated = calibrate(torch.nn.Linear(24, 8), samples, device="cpu")
+    compress(calibrated, scheme="2:4", baselines=False, progress=say)
+    assert any("1 layers to solve, about 0 s" in what for what in said)
+    assert said.index("calibrating") > said.index("1 layers to solve, about 0 s")
