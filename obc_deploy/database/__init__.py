@@ -1,0 +1,22 @@
+"""The database: every layer at every level, solved once, packed tightly, kept on disk."""
+
+from obc_deploy.database.building import build
+from obc_deploy.database.levels import levels_for, sparsity_grid
+from obc_deploy.database.outline import LayerOutline, outline_of_layer, outline_of_problem
+from obc_deploy.database.plan import BuildPlan, LayerPlan, plan_build
+from obc_deploy.database.store import Database, LayerSize, SizeReport
+
+__all__ = [
+    "BuildPlan",
+    "Database",
+    "LayerOutline",
+    "LayerPlan",
+    "LayerSize",
+    "SizeReport",
+    "build",
+    "levels_for",
+    "outline_of_layer",
+    "outline_of_problem",
+    "plan_build",
+    "sparsity_grid",
+]
