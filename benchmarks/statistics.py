@@ -66,8 +66,23 @@ def flatten(workers: Workers) -> list[float]:
 
 
 def speedup(baseline: Workers, candidate: Workers) -> float:
-    """median(baseline) / median(candidate): above 1 the candidate is faster."""
-    return _ratio(median(flatten(baseline)), median(flatten(candidate)))
+    """The median over rounds of median(baseline) / median(candidate): above 1 is faster.
+
+    A machine that changes its speed in between slows a whole round, and its ratio stays: so ratios
+    are taken within rounds. Timings that were not interleaved, of other numbers of workers or
+    rounds, have no such pairs: they are compared by their medians altogether.
+
+    Raises:
+        MeasurementError: no samples, or a sample that is not finite or not positive.
+    """
+    if _shape(baseline) != _shape(candidate):
+        return _ratio(median(flatten(baseline)), median(flatten(candidate)))
+    pairs = zip(_round_medians(baseline), _round_medians(candidate), strict=True)
+    return median(_ratio(before, after) for before, after in pairs)
+
+
+def _round_medians(workers: Workers) -> list[float]:
+    return [median(samples) for rounds in workers for samples in rounds]
 
 
 def speedup_interval(
@@ -78,12 +93,12 @@ def speedup_interval(
     resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Percentile-bootstrap interval of median(baseline) / median(candidate).
+    """Percentile-bootstrap interval of `speedup`.
 
     Workers are drawn with replacement, then rounds of each drawn worker, then samples of each drawn
     round. Where both were measured in the same number of workers and rounds they were interleaved,
-    and the draws of workers and rounds are shared: a slow minute that hit both cancels. Rounds
-    weigh the same whatever their number of samples.
+    and the draws of workers and rounds are shared. Rounds weigh the same whatever their number of
+    samples.
 
     Args:
         baseline: workers -> rounds -> ms.
@@ -106,10 +121,14 @@ def speedup_interval(
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
         draws = before.draw_rounds(generator, count)
-        shared = draws if shape_before == shape_after else after.draw_rounds(generator, count)
-        ratios.append(
-            before.medians(generator, *draws) / after.medians(generator, *shared),
-        )
+        if shape_before == shape_after:
+            paired = before.round_medians(generator, *draws) / after.round_medians(
+                generator, *draws
+            )
+            ratios.append(np.median(paired, axis=1))
+            continue
+        others = after.draw_rounds(generator, count)
+        ratios.append(before.medians(generator, *draws) / after.medians(generator, *others))
     tail = 50.0 * (1.0 - level)
     low, high = np.percentile(np.concatenate(ratios), [tail, 100.0 - tail])
     return float(low), float(high)
@@ -152,12 +171,32 @@ class _Resampler:
         rounds: npt.NDArray[np.int64],
     ) -> Floats:
         """Median of each resample, (count,)."""
+        drawn = self._draw(generator, workers, rounds)
+        medians: Floats = np.median(drawn.reshape(len(drawn), -1), axis=1)
+        return medians
+
+    def round_medians(
+        self,
+        generator: np.random.Generator,
+        workers: npt.NDArray[np.int64],
+        rounds: npt.NDArray[np.int64],
+    ) -> Floats:
+        """Median of each drawn round, (count, workers · rounds)."""
+        medians: Floats = np.median(self._draw(generator, workers, rounds), axis=-1)
+        return medians.reshape(len(medians), -1)
+
+    def _draw(
+        self,
+        generator: np.random.Generator,
+        workers: npt.NDArray[np.int64],
+        rounds: npt.NDArray[np.int64],
+    ) -> Floats:
+        """Samples (count, workers, rounds, samples) of drawn rounds."""
         starts = self.starts[workers, rounds][..., None]
         sizes = self.sizes[workers, rounds][..., None]
         uniform = generator.random((*rounds.shape, self.samples_per_round))
-        drawn = self.samples[starts + (uniform * sizes).astype(np.int64)]
-        medians: Floats = np.median(drawn.reshape(len(drawn), -1), axis=1)
-        return medians
+        drawn: Floats = self.samples[starts + (uniform * sizes).astype(np.int64)]
+        return drawn
 
 
 def wilson_interval(correct: int, count: int, *, level: float = DEFAULT_LEVEL) -> Interval:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -147,7 +149,32 @@ def test_interval_properties(before, after, scale):
     assert speedup_interval(scaled, after, resamples=50, seed=1) == pytest.approx(
         (scale * low, scale * high), rel=1e-9
     )
-    assert speedup(before, after) == pytest.approx(median(first) / median(second))
+    if [len(w) for w in before] == [len(w) for w in after]:
+        pairs = zip(itertools.chain(*before), itertools.chain(*after), strict=True)
+        expected = median([median(one) / median(other) for one, other in pairs])
+    else:
+        expected = median(first) / median(second)
+    assert speedup(before, after) == pytest.approx(expected)
+
+
+def test_a_machine_with_two_speeds_does_not_change_the_ratio():
+    """Rounds run at one of two speeds; pooled medians fall on one or the other by chance."""
+    generator = np.random.default_rng(2)
+    pooled, paired = [], []
+    for _ in range(40):
+        speeds = generator.choice([1.0, 1.6], (2, 3, 6, 1), p=[0.55, 0.45])
+        # The machine mostly stays at its speed while a round's candidates take turns.
+        speeds[1] = np.where(generator.random((3, 6, 1)) < 0.8, speeds[0], speeds[1])
+        before = (
+            speeds[0] * np.array(_timings(generator, middle=20.0, workers=3, rounds=6))
+        ).tolist()
+        after = (
+            speeds[1] * np.array(_timings(generator, middle=10.0, workers=3, rounds=6))
+        ).tolist()
+        pooled.append(abs(median(flatten(before)) / median(flatten(after)) - 2.0))
+        paired.append(abs(speedup(before, after) - 2.0))
+    assert max(paired) < 0.1
+    assert np.mean(paired) < 0.3 * np.mean(pooled)
 
 
 def test_many_resamples_are_drawn_in_pieces(monkeypatch):
