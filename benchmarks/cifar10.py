@@ -136,8 +136,8 @@ def evaluate(
         return models, []
     dense, int8 = models[0].baselines
     measurements = benchmark(
-        [dense, int8, *models], data=test.take(timed), threads=threads, rounds=8,
-        samples_per_round=20, processes=3, seed=seed, progress=say,
+        [dense, int8, *models], data=test.take(timed), threads=threads, rounds=16,
+        samples_per_round=10, processes=3, seed=seed, progress=say,
     )  # fmt: skip
     return models, measurements
 

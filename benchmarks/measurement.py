@@ -281,7 +281,7 @@ def with_speedups(
             if baseline is row:
                 found[field], found[f"{field}_interval"] = 1.0, (1.0, 1.0)
                 continue
-            ratio = baseline.latency_ms.p50 / row.latency_ms.p50
+            ratio = statistics.speedup(baseline.rounds, row.rounds)
             low, high = statistics.speedup_interval(
                 baseline.rounds, row.rounds, level=level, resamples=resamples, seed=seed
             )
