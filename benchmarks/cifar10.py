@@ -81,6 +81,7 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
 def evaluate(
     network: str, *, schemes: tuple[str, ...], method: str, calibration: int, images: int,
     timed: int, threads: int, seed: int, runs: Path | None = None,
+    runtimes: list[str] | None = None,
 ) -> tuple[list[CompressedModel], list[Measurement]]:  # fmt: skip
     """Compress one network by each scheme, then measure all of them side by side."""
     shared = shared_data()
@@ -136,8 +137,8 @@ def evaluate(
         return models, []
     dense, int8 = models[0].baselines
     measurements = benchmark(
-        [dense, int8, *models], data=test.take(timed), threads=threads, rounds=16,
-        samples_per_round=10, processes=3, seed=seed, progress=say,
+        [dense, int8, *models], runtimes=runtimes, data=test.take(timed), threads=threads,
+        rounds=16, samples_per_round=10, processes=3, seed=seed, progress=say,
     )  # fmt: skip
     return models, measurements
 
@@ -153,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--timed", type=int, default=1000, help="test images in each runtime; 0: do not time"
     )
+    parser.add_argument("--runtime", action="append", help="where to time; all that work here")
     parser.add_argument("--runs", type=Path, help="keep compressed networks in this folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -169,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             threads=options.threads,
             seed=options.seed,
             runs=options.runs,
+            runtimes=options.runtime,
         )
     except ObcDeployError as error:
         print(f"error: {error}", file=sys.stderr)
