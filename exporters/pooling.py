@@ -1,10 +1,17 @@
-"""Pass: a mean over both spatial axes becomes GlobalAveragePool, for which kernels exist."""
+"""Passes: pools over whole images in the form for which a runtime has kernels that work."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from obc_deploy.exporters.edit import constant_ints, insert_before, integer, replace_node
+from obc_deploy.exporters.edit import (
+    add_initializer,
+    constant_ints,
+    insert_before,
+    integer,
+    replace_node,
+)
 
 
 def means_to_global_average_pools(model: ir.Model) -> int:
@@ -28,4 +35,25 @@ def means_to_global_average_pools(model: ir.Model) -> int:
         pooled.shape = ir.Shape([source.shape[0], channels, 1, 1])
         pooled.type = source.type
         replace_node(model, node, "Flatten", [pooled], {"axis": 1})
+    return count
+
+
+def whole_max_pools_to_reduce_max(model: ir.Model) -> int:
+    """Rewrite MaxPool over all of both spatial axes as ReduceMax; returns how many there were.
+
+    DeepSparse's pooling kernel fails an assertion where a sparse network pools 2x2 to 1x1.
+    """
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "MaxPool" or node.domain or len(node.outputs) != 1:
+            continue
+        source, kernel = node.inputs[0], node.attributes.get("kernel_shape")
+        if source is None or source.shape is None or len(source.shape) != 4 or kernel is None:
+            continue
+        pads = node.attributes.get("pads")
+        if list(source.shape)[2:] != list(kernel.as_ints()) or (pads and any(pads.as_ints())):
+            continue
+        axes = add_initializer(model, "spatial_axes", np.array([2, 3], dtype=np.int64))
+        replace_node(model, node, "ReduceMax", [source, axes], {"keepdims": 1})
+        count += 1
     return count
