@@ -163,9 +163,10 @@ def build_onnx(
         )
         if target.one_weight_step:
             fold_weight_dequantizers(graph)
-            whole_max_pools_to_reduce_max(graph)
         for suffix in ("codes_1x1", "codes_transposed", "values"):
             weights |= {f"{layer.name}.weight_{suffix}": layer.name for layer in model.layers}
+    if target.one_weight_step:
+        whole_max_pools_to_reduce_max(graph)
     drop_dead(graph)
     graph.ir_version = target.ir_version
     outputs = _layer_outputs(graph, weights)
