@@ -165,7 +165,7 @@ def build_onnx(
             fold_weight_dequantizers(graph)
         for suffix in ("codes_1x1", "codes_transposed", "values"):
             weights |= {f"{layer.name}.weight_{suffix}": layer.name for layer in model.layers}
-    if target.one_weight_step:
+    if target.one_weight_step and any(form.scheme.pattern for form in model.forms.values()):
         whole_max_pools_to_reduce_max(graph)
     drop_dead(graph)
     graph.ir_version = target.ir_version

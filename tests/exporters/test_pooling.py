@@ -33,12 +33,14 @@ def compressed(scheme, last=4):
     return images, compress(model, images, scheme=scheme, method="rtn", baselines=False)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "block4@0.5"])
-def test_deepsparse_gets_a_maximum_in_place_of_a_whole_pool(tmp_path, scheme):
+@pytest.mark.parametrize(("scheme", "maxima"), [("w8a8", 0), ("block4@0.5", 1)])
+def test_deepsparse_gets_a_maximum_in_place_of_a_sparse_networks_whole_pool(
+    tmp_path, scheme, maxima
+):
     images, model = compressed(scheme)
     artifact = model.export(tmp_path, target="deepsparse", check=False)
     found = operators(artifact.path)
-    assert (found["ReduceMax"], found["MaxPool"]) == (1, 1)
+    assert (found["ReduceMax"], found["MaxPool"]) == (maxima, 2 - maxima)
     with torch.no_grad():
         expected = model.module("deepsparse")(torch.from_numpy(images[:1])).numpy()
     assert relative(run(artifact.path, images[:1]), expected) < 3e-2
