@@ -297,7 +297,7 @@ def _examine(
         entry.error = str(error)
         return
     if entry.model is not None:
-        from obc_deploy.compression import predictions
+        from obc_deploy.accuracy import predictions
 
         reference = predictions(entry.model.module(entry.target), samples).numpy()
         entry.agreement = float((guesses == reference).mean())

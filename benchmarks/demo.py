@@ -15,7 +15,8 @@ from obc_deploy.benchmarks.comparison import benchmark
 from obc_deploy.benchmarks.measurement import Measurement, write_measurements
 from obc_deploy.benchmarks.report import write_plot, write_report
 from obc_deploy.benchmarks.table import markdown_table
-from obc_deploy.compression import calibrate, compress, dense_baselines
+from obc_deploy.calibrated import calibrate
+from obc_deploy.compression import compress, dense_baselines
 from obc_deploy.errors import RunDirectoryError
 from obc_deploy.targets import DEEPSPARSE
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from obc_deploy.artifacts import load_artifact as load_artifact
     from obc_deploy.benchmarks.comparison import benchmark as benchmark
     from obc_deploy.benchmarks.measurement import Measurement as Measurement
+    from obc_deploy.calibrated import calibrate as calibrate
     from obc_deploy.compression import CompressedModel as CompressedModel
-    from obc_deploy.compression import calibrate as calibrate
     from obc_deploy.compression import compress as compress
     from obc_deploy.data import Preprocessing as Preprocessing
     from obc_deploy.data import Samples as Samples
@@ -42,7 +42,7 @@ _HOMES = {
     "Samples": "data",
     "Scheme": "schemes",
     "benchmark": "benchmarks.comparison",
-    "calibrate": "compression",
+    "calibrate": "calibrated",
     "compress": "compression",
     "load": "run_directory.load_run",
     "load_artifact": "artifacts",

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import obc_deploy as obc
+from obc_deploy.accuracy import predictions, top1
 from obc_deploy.benchmarks.reference_networks import load_network, load_samples, shared_data
-from obc_deploy.compression import predictions, top1
 
 SHARED = shared_data()
 IMAGES = 1000

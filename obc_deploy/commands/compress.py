@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-    from obc_deploy.compression import CalibratedModel, CompressedModel
+    from obc_deploy.calibrated import CalibratedModel
+    from obc_deploy.compression import CompressedModel
     from obc_deploy.data import Samples
 
 DEFAULT_SCHEME = "w8a8"
@@ -103,7 +104,7 @@ class Compression:
             ObcDeployError: the model or the data cannot be used.
         """
         say("loading the model", 0.0)
-        from obc_deploy.compression import calibrate
+        from obc_deploy.calibrated import calibrate
 
         model = load_named_model(self.model, self.weights)
         say("loading the data", 0.0)
@@ -144,7 +145,7 @@ class Compression:
             LayerError: a name matches nothing.
             SchemeError: a scheme does not divide a layer.
         """
-        from obc_deploy.compression import resolve_schemes
+        from obc_deploy.assignment import resolve_schemes
 
         return resolve_schemes(
             calibrated.layers, self.scheme, skip=self.skip, layer_schemes=self.layer_schemes,

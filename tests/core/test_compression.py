@@ -11,9 +11,11 @@ import torch
 from tiny_networks import Depthwise, FixedBatch, Plain, Twins, build, samples
 from torch import nn
 
-from obc_deploy import compression
+from obc_deploy import layerwise
+from obc_deploy.accuracy import predictions, top1
+from obc_deploy.calibrated import calibrate
 from obc_deploy.capture import Watcher, get_tensor
-from obc_deploy.compression import calibrate, compress, dense_baselines, predictions, top1
+from obc_deploy.compression import compress, dense_baselines
 from obc_deploy.data import Preprocessing, Samples
 from obc_deploy.errors import (
     CalibrationError,
@@ -420,7 +422,7 @@ def test_inputs_find_their_place_by_name_and_else_by_order(names):
 
 def test_large_layers_are_rounded_some_rows_at_a_time(calibrated, monkeypatch):
     whole = plainly(calibrated, scheme="2:4+w4g4-asym", method="magnitude")
-    monkeypatch.setattr(compression, "ROWS_ELEMENTS", 100)
+    monkeypatch.setattr(layerwise, "ROWS_ELEMENTS", 100)
     parts = plainly(calibrated, scheme="2:4+w4g4-asym", method="magnitude")
     for name, form in whole.forms.items():
         other = parts.forms[name]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from obc_deploy import native
-from obc_deploy.compression import calibrate, compress
+from obc_deploy.calibrated import calibrate
+from obc_deploy.compression import compress
 from obc_deploy.schemes import as_scheme
 from obc_deploy.solvers import SolverSettings
 from obc_deploy.solvers.estimate import (
@@ -88,7 +89,7 @@ def test_rates_are_positive_and_an_estimate_grows_with_the_layer(dtype, rows_are
 
 
 def test_compress_says_how_long_solving_will_take(monkeypatch):
-    monkeypatch.setattr("obc_deploy.compression._WORTH_ANNOUNCING", 1.0)
+    monkeypatch.setattr("obc_deploy.layerwise._WORTH_ANNOUNCING", 1.0)
     samples = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
     said = []
 
