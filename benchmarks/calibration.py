@@ -19,14 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obc_deploy.benchmarks.record import RESULTS, take_record
+from obc_deploy.calibrated import calibrate
 from obc_deploy.calibration import collect_hessians
-from obc_deploy.compression import calibrate
 from obc_deploy.data import Batches, Samples
 from obc_deploy.layers import Layer, input_vectors
-from obc_deploy.manifest import now, versions, write_json
-from obc_deploy.runtimes.fingerprint import take_fingerprint
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -116,21 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
         options.network, images=options.images, size=options.size, batch=options.batch,
         repeats=options.repeats,
     )  # fmt: skip
-    machine = take_fingerprint()
-    command = f"python -m obc_deploy.benchmarks.calibration {' '.join(sys.argv[1:])}".strip()
-    record = {
-        "command": command,
-        "created": now(),
-        "machine": machine.as_dict(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-    } | measured
+    record = take_record("calibration")
     rows = "\n".join(
         f"| {name} | {statistics.median(times):.2f} | {', '.join(f'{t:.2f}' for t in times)} |"
         for name, times in measured["seconds"].items()
     )
     text = (
-        f"# Calibration of {options.network}\n\n`{command}`\n\n{machine.cpu}, "
+        f"# Calibration of {options.network}\n\n{record.head}, "
         f"{torch.get_num_threads()} threads; {options.images} images of {options.size}x"
         f"{options.size}, {measured['layers']} layers.\n\n"
         f"| part | median, s | all, s |\n|---|---|---|\n{rows}\n\n"
@@ -138,9 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         "alone.\n"
     )
     name = f"calibration-{options.network.replace('_', '-')}"
-    write_json(options.output / f"{name}.json", record)
-    (options.output / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text)
+    record.write(options.output, name, {"threads": torch.get_num_threads()} | measured, text)
     return 0
 
 

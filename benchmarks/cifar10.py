@@ -18,24 +18,17 @@ from typing import Any
 
 from obc_deploy.benchmarks.comparison import benchmark
 from obc_deploy.benchmarks.measurement import Measurement
+from obc_deploy.benchmarks.record import RESULTS, take_record
 from obc_deploy.benchmarks.reference_networks import load_network, load_samples, shared_data
 from obc_deploy.benchmarks.statistics import wilson_interval
 from obc_deploy.benchmarks.table import markdown_table
-from obc_deploy.compression import (
-    CalibratedModel,
-    CompressedModel,
-    calibrate,
-    compress,
-    dense_baselines,
-)
+from obc_deploy.calibrated import CalibratedModel, calibrate
+from obc_deploy.compression import CompressedModel, compress, dense_baselines
 from obc_deploy.errors import CalibrationError, ObcDeployError
-from obc_deploy.manifest import now, versions, write_json
 from obc_deploy.run_directory import load_run
-from obc_deploy.runtimes.fingerprint import take_fingerprint
 from obc_deploy.targets import DEEPSPARSE
 
 SCHEMES = ("w8a8", "2:4+w8a8", "block4@0.5+w8a8", "block4@0.8+w8a8", "block4@0.9+w8a8")
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def accuracy_rows(models: list[CompressedModel]) -> list[dict[str, Any]]:
@@ -181,31 +174,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name = f"{options.network}-{options.method}".replace("_", "-")
     rows = accuracy_rows(models)
-    command = f"python -m obc_deploy.benchmarks.cifar10 {' '.join(sys.argv[1:])}".strip()
     # Raw samples by worker stay; the flat copies of them would double the file.
     kept = [
         row.model_dump(mode="json", exclude={"latency_ms": {"samples"}, "end_to_end": {"samples"}})
         for row in measurements
     ]
-    write_json(
-        options.output / f"{name}.json",
-        {
-            "command": command,
-            "created": now(),
-            "machine": take_fingerprint().as_dict(),
-            "versions": versions(),
-            "accuracy": rows,
-            "measurements": kept,
-        },
-    )
-    machine = take_fingerprint()
+    record = take_record("cifar10")
     text = (
-        f"# {options.network}, {options.method}\n\n`{command}`\n\n{machine.cpu}, "
+        f"# {options.network}, {options.method}\n\n{record.head}, "
         f"{options.threads} thread, batch 1.\n\n## Accuracy in PyTorch, quantizers simulated\n\n"
         f"{accuracy_table(rows)}\n\n## Measured in the runtimes\n\n{markdown_table(measurements)}\n"
     )
-    (options.output / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text)
+    record.write(options.output, name, {"accuracy": rows, "measurements": kept}, text)
     return 0
 
 

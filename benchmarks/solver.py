@@ -17,8 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from typing import Any
 import torch
 
 from obc_deploy import native
-from obc_deploy.manifest import now, versions, write_json
-from obc_deploy.runtimes.fingerprint import take_fingerprint
+from obc_deploy.benchmarks.record import RESULTS, take_record
+from obc_deploy.database.levels import BLOCK4_LEVELS, UNSTRUCTURED_LEVELS, sparsity_grid
 from obc_deploy.schemes import Quantization, as_scheme
 from obc_deploy.solvers import LayerProblem, SolverSettings, solve_levels
 from obc_deploy.solvers.grids import find_grid
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from obc_deploy.solvers.settings import torch_threads
 
 TASKS = {
     "unstructured 50/75/90 %": ("unstructured@0.5", "unstructured@0.75", "unstructured@0.9"),
@@ -45,9 +43,6 @@ TASKS = {
     "2:4 + 4 bit": ("2:4+w4-asym",),
 }
 """What is solved, each as one call."""
-
-GEOMETRIC = 0.9
-"""Density of a level as a share of the one before."""
 
 
 @dataclass(frozen=True)
@@ -189,16 +184,6 @@ def _plain_quantize(
         closed[p] = torch.inf
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def compare(
     shapes: list[tuple[int, int]], *, repeats: int, plain_rows: int, most_threads: int,
     say: Callable[[str], None],
@@ -230,7 +215,7 @@ def compare(
             errors: dict[tuple[str, int], list[float]] = {}
             for _ in range(repeats):
                 for key, (_, run) in runs.items():
-                    with _threads(key[1]):
+                    with torch_threads(key[1]):
                         begin = time.perf_counter()
                         errors[key] = run()
                         seconds[key].append(time.perf_counter() - begin)
@@ -245,7 +230,7 @@ def compare(
 def roofline(sizes: list[int], repeats: int) -> list[dict[str, float]]:
     """The rank update's rate beside a matrix product's, in turn; GFLOP/s on one thread."""
     rows = []
-    with _threads(1):
+    with torch_threads(1):
         for size in sizes:
             depth = 32 if size < 1024 else 64
             count = max(2, int(2e9 / size / size / depth))
@@ -288,20 +273,11 @@ def comparison_table(timings: list[Timing]) -> str:
     return "\n".join(lines)
 
 
-def geometric_levels(lowest: float) -> list[float]:
-    """Sparsities whose densities fall by GEOMETRIC a level, until `lowest` is passed."""
-    density, levels = 1.0, []
-    while density > lowest:
-        density *= GEOMETRIC
-        levels.append(round(1.0 - density, 6))
-    return levels
-
-
 def database_schemes(cols: int, channels: int) -> list[str]:
     """All levels of one layer's database that divide it."""
     blocks = channels % 4 == 0
-    texts = [f"unstructured@{level}" for level in geometric_levels(0.01)]
-    texts += [f"block4@{level}" for level in geometric_levels(0.05)] if blocks else []
+    texts = [f"unstructured@{level}" for level in sparsity_grid(UNSTRUCTURED_LEVELS)]
+    texts += [f"block4@{level}" for level in sparsity_grid(BLOCK4_LEVELS)] if blocks else []
     texts += ["2:4"] if blocks else []
     texts += ["w8", "w4", "w3", "w2"]
     texts += ["2:4+w8", "2:4+w4", "block4@0.5+w8", "block4@0.9+w8"] if blocks else []
@@ -379,24 +355,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not native.is_available():
         print(f"error: the compiled solvers are missing: {native.why_missing()}", file=sys.stderr)
         return 2
-    machine = take_fingerprint()
-    command = f"python -m obc_deploy.benchmarks.solver {' '.join(sys.argv[1:])}".strip()
-    record: dict[str, Any] = {
-        "command": command,
-        "created": now(),
-        "machine": machine.as_dict(),
-        "versions": versions(),
-        "instruction_set": native.instruction_set(),
-    }
-    head = f"`{command}`\n\n{machine.cpu}, {native.instruction_set()}"
+    record = take_record("solver")
+    results: dict[str, Any] = {"instruction_set": native.instruction_set()}
+    head = f"{record.head}, {native.instruction_set()}"
     if options.network:
         wanted = options.network
         shapes = vgg16_cifar_shapes() if wanted == "vgg16_cifar" else network_shapes(wanted)
-        with _threads(options.threads):
+        with torch_threads(options.threads):
             times = database(shapes, say)
         total = sum(each.count * each.seconds for each in times)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        record |= {
+        results |= {
             "threads": options.threads,
             "layers": [asdict(each) for each in times],
             "seconds_all_layers": total,
@@ -419,7 +388,7 @@ def main(arguments: list[str] | None = None) -> int:
             most_threads=options.threads, say=say,
         )  # fmt: skip
         rates = roofline([256, 512, 1152, 2304, 4608], repeats=5)
-        record |= {"timings": [asdict(each) for each in timings], "roofline": rates}
+        results |= {"timings": [asdict(each) for each in timings], "roofline": rates}
         lines = "\n".join(
             f"| {r['size']} | {r['depth']} | {r['update_gflops']:.0f} | "
             f"{r['product_gflops']:.0f} | {100 * r['share']:.0f} % |"
@@ -434,9 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"|---|---|---|---|---|\n{lines}\n"
         )
         name = "solver"
-    write_json(options.output / f"{name}.json", record)
-    (options.output / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text)
+    record.write(options.output, name, results, text)
     return 0
 
 

@@ -5,28 +5,30 @@
 // `lazy` eliminations; then what no longer matters is dropped and its place taken from the end.
 // The lower triangle alone is stored.
 
-// The inverses that rows start from, in working precision, one for each group.
+// What rows start from, in working precision, one for each group; without the inverses where rows
+// make matrices of their own.
 template <class T>
 struct Start {
-    explicit Start(const Layer& layer)
+    explicit Start(const Layer& layer, bool with_matrices = true)
         : length(row_length<T>(layer.cols)),
-          matrices(layer.groups * layer.cols * length),
+          matrices(with_matrices ? layer.groups * layer.cols * length : 0),
           floors(layer.groups * length) {
         const int64_t cols = layer.cols;
         for (int64_t group = 0; group < layer.groups; ++group) {
             for (int64_t i = 0; i < cols; ++i) {
+                floors[group * length + i] = T(1.0 / layer.hessian[(group * cols + i) * cols + i]);
+                if (!with_matrices) continue;
                 const double* from = layer.inverse + (group * cols + i) * cols;
                 T* to = matrices + (group * cols + i) * length;
                 for (int64_t j = 0; j < cols; ++j) to[j] = T(from[j]);
                 for (int64_t j = cols; j < length; ++j) to[j] = T(0);
-                floors[group * length + i] = T(1.0 / layer.hessian[(group * cols + i) * cols + i]);
             }
         }
     }
 
     int64_t length;
-    Buffer<T> matrices;
-    Buffer<T> floors;  // 1 / H_ii: G_ii never falls below it, whatever has been eliminated
+    Buffer<T> matrices;  // empty where they were not wanted
+    Buffer<T> floors;    // 1 / H_ii: G_ii never falls below it, whatever has been eliminated
 };
 
 // Which place each hole is filled from; both ascending within their own.
@@ -50,18 +52,10 @@ class DowndatedInverse {
           update_(cols, lazy),
           lazy_(lazy) {}
 
-    // Start from a matrix that is read until the first update and never written to.
-    void begin(const T* matrix, int64_t matrix_length, const T* floors, int64_t cols) {
-        source_ = matrix;
-        source_length_ = matrix_length;
-        size = cols;
-        kept_ = 0;
-        for (int64_t i = 0; i < cols; ++i) {
-            column[i] = int32_t(i);
-            closed[i] = T(0);
-            floor[i] = floors[i];
-        }
-        close_end();
+    // Start from a group's inverse, which is read until the first update and never written to.
+    void begin(const Start<T>& start, int64_t group, int64_t cols) {
+        begin(start.matrices + group * cols * start.length, start.length,
+              start.floors + group * start.length, cols);
     }
 
     // Start from a matrix written to `room()`.
@@ -155,6 +149,19 @@ class DowndatedInverse {
 
   private:
     static constexpr int64_t kAhead = 24;  // rows whose numbers are on their way
+
+    void begin(const T* matrix, int64_t matrix_length, const T* floors, int64_t cols) {
+        source_ = matrix;
+        source_length_ = matrix_length;
+        size = cols;
+        kept_ = 0;
+        for (int64_t i = 0; i < cols; ++i) {
+            column[i] = int32_t(i);
+            closed[i] = T(0);
+            floor[i] = floors[i];
+        }
+        close_end();
+    }
 
     template <int count, class Visit>
     OBC_INLINE void combine(int64_t i, T* to, T inverse_root, Visit visit) {

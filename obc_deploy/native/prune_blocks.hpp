@@ -18,8 +18,7 @@ class PruneBlocks final : public RowSolver {
         const int64_t steps = cols / width;
         int32_t* order = order_ + row * steps;
         T* increase = increase_ + row * steps;
-        inverse_.begin(start_.matrices + group * cols * start_.length, start_.length,
-                       start_.floors + group * start_.length, cols);
+        inverse_.begin(start_, group, cols);
         for (int64_t i = 0; i < cols; ++i) {
             weight_[i % width * stride_ + i / width] = T(layer_.weight[row * cols + i]);
         }

@@ -17,8 +17,7 @@ class PruneColumns final : public RowSolver {
         const int64_t steps = cols / zeros_.group * zeros_.zeros;
         int32_t* order = order_ + row * steps;
         T* increase = increase_ + row * steps;
-        inverse_.begin(start_.matrices + group * cols * start_.length, start_.length,
-                       start_.floors + group * start_.length, cols);
+        inverse_.begin(start_, group, cols);
         for (int64_t i = 0; i < cols; ++i) {
             weight_[i] = T(layer_.weight[row * cols + i]);
             place_[i] = int32_t(i);

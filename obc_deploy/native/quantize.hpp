@@ -30,16 +30,15 @@ class Quantize final : public RowSolver {
             if (!mask_ || mask_[row * cols + c]) survivors_[count++] = int32_t(c);
         }
         if (!count) return progress.end_row(cols);
-        const T* floors = start_.floors + group * start_.length;
         if (mask_) {
+            const T* floors = start_.floors + group * start_.length;
             restricted_->invert(layer_.hessian + group * cols * cols, cols, survivors_.data(),
                                 count, inverse_.room(), inverse_.length);
             for (int64_t i = 0; i < count; ++i) floors_[i] = floors[survivors_[i]];
             inverse_.begin_own(floors_, count);
             if (!progress.on(cols, count)) return false;
         } else {
-            inverse_.begin(start_.matrices + group * cols * start_.length, start_.length, floors,
-                           cols);
+            inverse_.begin(start_, group, cols);
         }
         for (int64_t i = 0; i < count; ++i) {
             const int64_t c = survivors_[i];

@@ -1,6 +1,6 @@
 // C <- S - V^T V on the lower triangle, V of a few dozen rows: where nearly all the time goes.
 //
-// The panel of V that a strip of columns needs stays in the first-level cache, a tile of C in
+// The panel of V that a strip of columns needs stays in the second-level cache, a tile of C in
 // registers. Tiles that the diagonal crosses write above it too: nobody reads there.
 
 constexpr int kTileRows = OBC_TILE_ROWS;

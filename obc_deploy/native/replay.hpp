@@ -16,8 +16,7 @@ class Replay final : public RowSolver {
         const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
         const int32_t* order = order_ + row * steps_;
         const int64_t* counts = counts_ + row * levels_;
-        inverse_.begin(start_.matrices + group * cols * start_.length, start_.length,
-                       start_.floors + group * start_.length, cols);
+        inverse_.begin(start_, group, cols);
         for (int64_t c = 0; c < cols; ++c) {
             weight_[c] = T(layer_.weight[row * cols + c]);
             place_[c] = int32_t(c);

@@ -43,7 +43,7 @@ Outcome prune_blocks(const Layer& layer, int64_t width, int32_t* order, void* in
 
 template <class T>
 Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask, int8_t* codes) {
-    const Start<T> start(layer);
+    const Start<T> start(layer, mask == nullptr);
     bool one_grid = true;
     for (int64_t row = 0; row < layer.rows && one_grid; ++row) {
         const double* scale = grid.scale + row * layer.cols;

@@ -26,7 +26,7 @@ from obc_deploy.solvers.exact_obs import (
 )
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.problems import check_problem, damp
-from obc_deploy.solvers.settings import SolverSettings, worker_threads
+from obc_deploy.solvers.settings import SolverSettings, torch_threads, worker_threads
 
 _PROBE_ROWS, _PROBE_COLS = 16, 384
 _NM_SHARE = 0.7
@@ -177,9 +177,7 @@ def measure_rates(cols: int, settings: SolverSettings) -> SolverRates:
     weight = torch.randn(rows, probe, generator=made)
     problem = LayerProblem(weight, mixed @ mixed.T / probe)
     tiny = LayerProblem(weight[:4, :16], problem.hessian[:16, :16])  # type: ignore[index]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         call = _best_of(lambda: solve_levels(tiny, ["unstructured@0.5"], settings=settings))
         grid = Quantization(8)
         searched = _best_of(lambda: find_grid(weight, grid))
@@ -187,8 +185,6 @@ def measure_rates(cols: int, settings: SolverSettings) -> SolverRates:
         damped = damp(checked)
         factored = _best_of(lambda: damp(checked))
         traced = _best_of(lambda: trace_weights(damped, settings, lambda _: None))
-    finally:
-        torch.set_num_threads(before)
     work = rows * probe**3 / 3
     if native_rows.is_native(settings, torch.device("cpu")):
         bits = torch.finfo(settings.dtype).bits

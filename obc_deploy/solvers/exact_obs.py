@@ -152,16 +152,16 @@ def _replayed(
     settings: SolverSettings,
     progress: Progress,
 ) -> list[PrunedRows]:
-    ascending = sorted(range(len(levels)), key=lambda i: levels[i])
-    counts = torch.stack([trace.counts(levels[i]) for i in ascending], 1)
+    ascending = sorted(levels)
+    counts = torch.stack([trace.counts(level) for level in ascending], 1)
     weights = native_rows.replay(
         problem, trace.order, counts, settings, progress, width=trace.width
     )
-    pruned = [
-        PrunedRows(trace.mask(count), weight)
-        for count, weight in zip(counts.unbind(1), weights, strict=True)
-    ]
-    return [each for _, each in sorted(zip(ascending, pruned, strict=True), key=lambda x: x[0])]
+    pruned = {
+        level: PrunedRows(trace.mask(count), weight)
+        for level, count, weight in zip(ascending, counts.unbind(1), weights, strict=True)
+    }
+    return [pruned[level] for level in levels]
 
 
 def trace_weights(problem: DampedProblem, settings: SolverSettings, progress: Progress) -> Trace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +42,11 @@ class CheckedProblem:
     damping: float
     channels: int
     name: str
+
+    @cached_property
+    def output_energy(self) -> float:
+        """tr(W H Wᵀ), what errors are shares of; without a Hessian H = I."""
+        return _output_energy(self.weight, self.hessian)
 
 
 @dataclass(frozen=True)
@@ -244,7 +250,7 @@ def relative_error(problem: CheckedProblem, compressed: torch.Tensor) -> float:
     is zero has error 0 where nothing changed it, and infinity otherwise.
     """
     lost = _output_energy(problem.weight - compressed.to(torch.float64), problem.hessian)
-    whole = _output_energy(problem.weight, problem.hessian)
+    whole = problem.output_energy
     if whole > 0.0:
         return max(lost, 0.0) / whole
     return 0.0 if lost <= 0.0 else math.inf

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -115,6 +116,17 @@ class SolverSettings:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
         return done
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch, and the solvers with it, use `count` CPU threads; then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def worker_threads(rows: int, cols: int) -> int:

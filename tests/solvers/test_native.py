@@ -27,6 +27,7 @@ from obc_deploy.solvers.exact_obs import trace_blocks, trace_weights
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
 from obc_deploy.solvers.problems import check_problem, damp
+from obc_deploy.solvers.settings import torch_threads
 from obc_deploy.solvers.survivors import best_weight
 
 pytestmark = pytest.mark.skipif(
@@ -349,11 +350,8 @@ def test_threads_change_no_bit():
     shares = []
 
     def by_threads(threads):
-        torch.set_num_threads(threads)
-        try:
+        with torch_threads(threads):
             return solve_levels(layer(*case(*LARGE)), LARGE_TEXTS, progress=shares.append)
-        finally:
-            torch.set_num_threads(1)
 
     alone = by_threads(1)
     assert shares == sorted(shares)

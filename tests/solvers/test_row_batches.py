@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from obc_deploy.solvers import SolverSettings
+from obc_deploy.solvers.settings import torch_threads
 
 ELSEWHERE = torch.device("meta")
 """Any device that is not the CPU: batches run one after the other there."""
@@ -54,3 +55,12 @@ def test_batches_are_all_rows_in_order(rows, memory, workers):
     assert list(chain.from_iterable(map(rows_of, batches))) == list(range(rows))
     largest = max(batch.stop - batch.start for batch in batches)
     assert largest == 1 or largest * workers * 4 * 16 * 16 <= memory
+
+
+def test_threads_are_as_before_even_after_an_error():
+    before = torch.get_num_threads()
+    with torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    with pytest.raises(KeyError), torch_threads(before + 1):
+        raise KeyError
+    assert torch.get_num_threads() == before

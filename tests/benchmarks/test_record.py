@@ -1,0 +1,30 @@
+"""The record above a benchmark's results, as the committed files have it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from obc_deploy.benchmarks.record import RESULTS, take_record
+
+HEADER = ["command", "created", "machine", "versions"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--repeats", "3"]])
+def test_a_record_is_written_as_the_committed_ones_are(arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["solver.py", *arguments])
+    record = take_record("solver")
+    record.write(tmp_path, "solver", {"instruction_set": "avx2"}, f"# Title\n\n{record.head}, 2\n")
+    committed, written = (
+        json.loads((folder / "solver.json").read_text()) for folder in (RESULTS, tmp_path)
+    )
+    assert list(written)[:5] == list(committed)[:5] == [*HEADER, "instruction_set"]
+    assert list(written["machine"]) == list(committed["machine"])
+    assert [type(written[k]) for k in HEADER] == [type(committed[k]) for k in HEADER]
+    command = " ".join(["python -m obc_deploy.benchmarks.solver", *arguments])
+    assert written["command"] == command
+    text = (tmp_path / "solver.md").read_text()
+    assert text == f"# Title\n\n`{command}`\n\n{record.machine.cpu}, 2\n"
+    assert capsys.readouterr().out == text + "\n"
