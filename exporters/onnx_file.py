@@ -19,10 +19,7 @@ from obc_deploy.exporters.edit import (
 )
 from obc_deploy.exporters.graph import onnx_graph
 from obc_deploy.exporters.parity import Codes
-from obc_deploy.exporters.pooling import (
-    means_to_global_average_pools,
-    whole_max_pools_to_reduce_max,
-)
+from obc_deploy.exporters.pooling import keep_max_pools_in_float, means_to_global_average_pools
 from obc_deploy.exporters.qoperator import to_qoperators
 from obc_deploy.quantized_network import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from obc_deploy.targets import Format, Target
@@ -163,10 +160,9 @@ def build_onnx(
         )
         if target.one_weight_step:
             fold_weight_dequantizers(graph)
+            keep_max_pools_in_float(graph)
         for suffix in ("codes_1x1", "codes_transposed", "values"):
             weights |= {f"{layer.name}.weight_{suffix}": layer.name for layer in model.layers}
-    if target.one_weight_step and any(form.scheme.pattern for form in model.forms.values()):
-        whole_max_pools_to_reduce_max(graph)
     drop_dead(graph)
     graph.ir_version = target.ir_version
     outputs = _layer_outputs(graph, weights)

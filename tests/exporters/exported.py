@@ -11,8 +11,8 @@ import pytest
 from onnx import numpy_helper
 from tiny_networks import build, samples
 
-from obc_deploy import compression
-from obc_deploy.compression import compress
+from obc_deploy import layerwise
+from obc_deploy.compression import CompressedModel, compress
 from obc_deploy.runtimes import deepsparse
 
 _INFO = deepsparse.info()
@@ -30,16 +30,16 @@ class Compressed:
     """
 
     def __init__(self) -> None:
-        self._made: dict[object, compression.CompressedModel] = {}
+        self._made: dict[object, CompressedModel] = {}
 
     def __call__(self, kind, scheme="w8a8", *, steps=None, **options):
         key = (kind, scheme, steps, repr(options))
         if key not in self._made:
             with pytest.MonkeyPatch.context() as patch:
                 if steps is not None:
-                    patch.setattr(compression, "SHARED_STEP_FACTOR", 0.0)
+                    patch.setattr(layerwise, "SHARED_STEP_FACTOR", 0.0)
                     limit = np.inf if steps == "shared" else -1.0
-                    patch.setattr(compression, "SHARED_STEP_ERROR", limit)
+                    patch.setattr(layerwise, "SHARED_STEP_ERROR", limit)
                 self._made[key] = compress(
                     build(kind), samples(kind), scheme=scheme, method="rtn", baselines=False,
                     target=None if steps is None else "deepsparse", **options,
