@@ -17,7 +17,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml $(wildcard obc_deploy/native/*.[ch]pp)
+$(VENV)/.installed: $(BIN)/python pyproject.toml $(wildcard obc_deploy/native/*.[ch]pp runtimes/sparse/*.[ch]pp runtimes/sparse/*/*.hpp)
 	$(BIN)/python -m pip install -qq --editable '.[demo,dev]'
 	@touch $@
 

@@ -64,3 +64,27 @@ def resolve_schemes(
             0
         ][1]
     return chosen
+
+
+def fixed_schemes(
+    layers: Sequence[Layer],
+    *,
+    skip: Iterable[str] = (),
+    layer_schemes: Mapping[str, Scheme | str] | None = None,
+) -> dict[str, Scheme]:
+    """Schemes of the layers that were named one by one: a search has no say in them.
+
+    Arguments and errors as in `resolve_schemes`.
+    """
+    chosen: dict[str, Scheme] = {}
+    for pattern in (skip,) if isinstance(skip, str) else skip:
+        chosen |= {layer.name: DENSE for layer in select_layers(layers, pattern)}
+    for pattern, text in (layer_schemes or {}).items():
+        chosen |= {layer.name: as_scheme(text) for layer in select_layers(layers, pattern)}
+    for layer in layers:
+        if layer.name in chosen:
+            check_scheme(
+                chosen[layer.name], rows=layer.rows, cols=layer.cols, channels=layer.channels,
+                name=layer.name,
+            )  # fmt: skip
+    return chosen

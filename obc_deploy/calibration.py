@@ -42,40 +42,68 @@ class LayerStatistics:
     dead: int
 
 
-class HessianAccumulator:
-    """Adds up Σ x xᵀ of one layer: products in the inputs' dtype, sums in `dtype`.
+class VectorProducts:
+    """Adds up Σ a bᵀ over vectors of a layer: products in the vectors' dtype, sums in `dtype`.
 
     Vectors wait until there are enough of them: adding a product to the sum costs as much as some
     hundred vectors do. What is left of a small calibration set is multiplied in `dtype`.
     """
 
     def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
-        self._layer = layer
+        """Zeros, (groups, cols, cols)."""
+        self._cols = layer.cols
         self._sum = torch.zeros(layer.groups, layer.cols, layer.cols, dtype=dtype, device=device)
-        self._vectors = 0
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         self._waiting_bytes = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Add the input vectors of one call of the layer."""
-        for vectors in input_vectors(self._layer, inputs):
-            self._vectors += vectors.shape[-1]
-            self._waiting.append(vectors)
-            self._waiting_bytes += vectors.numel() * vectors.element_size()
-            if self._waiting_bytes >= max(_WAITING_BYTES, 2 * self._layer.cols**2):
-                self._multiply()
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add a bᵀ of each pair of vectors: (groups, cols, n) both, or one tensor twice."""
+        self._waiting.append((left, right))
+        self._waiting_bytes += right.numel() * right.element_size()
+        if self._waiting_bytes >= max(_WAITING_BYTES, 2 * self._cols**2):
+            self._multiply()
 
     def _multiply(self) -> None:
         if not self._waiting:
             return
         # Vectors are contiguous, so they are joined (and multiplied) as rows.
-        rows = [vectors.transpose(1, 2) for vectors in self._waiting]
-        joined = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        same = all(left is right for left, right in self._waiting)
+        joined = self._joined([right for _, right in self._waiting])
+        others = joined if same else self._joined([left for left, _ in self._waiting])
         self._waiting.clear()
         self._waiting_bytes = 0
-        if joined.shape[1] < min(self._layer.cols, _MANY_VECTORS):
+        self._sum += others.transpose(1, 2) @ joined
+
+    def _joined(self, vectors: Sequence[Tensor]) -> Tensor:
+        rows = [each.transpose(1, 2) for each in vectors]
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        if joined.shape[1] < min(self._cols, _MANY_VECTORS):
             joined = joined.to(self._sum.dtype)
-        self._sum += joined.transpose(1, 2) @ joined
+        return joined
+
+    def total(self) -> Tensor:
+        """The sum of everything added so far, (groups, cols, cols)."""
+        self._multiply()
+        return self._sum
+
+
+class HessianAccumulator:
+    """Adds up Σ x xᵀ of one layer."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+        self._layer = layer
+        self._products = VectorProducts(layer, dtype, device)
+        self._vectors = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add the input vectors of one call of the layer."""
+        for vectors in input_vectors(self._layer, inputs):
+            self.add_vectors(vectors)
+
+    def add_vectors(self, vectors: Tensor) -> None:
+        """Add input vectors, (groups, cols, n)."""
+        self._vectors += vectors.shape[-1]
+        self._products.add(vectors, vectors)
 
     def statistics(self) -> LayerStatistics:
         """The Hessian of everything added so far.
@@ -84,10 +112,9 @@ class HessianAccumulator:
             CalibrationError: nothing was added, or what was added is not finite.
         """
         name = self._layer.name
-        self._multiply()
         if self._vectors == 0:
             raise CalibrationError(f"layer '{name}' never ran on the calibration samples")
-        hessian = self._sum.mul_(2.0 / self._vectors)
+        hessian = self._products.total() * (2.0 / self._vectors)
         if not bool(torch.isfinite(hessian.sum())):
             raise CalibrationError(
                 f"the inputs of layer '{name}' are not finite on the calibration samples: the "

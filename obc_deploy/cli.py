@@ -23,7 +23,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from obc_deploy import __version__
-from obc_deploy.commands import bench, compress, export, look, runtimes
+from obc_deploy.commands import bench, compress, curve, export, look, runtimes
 from obc_deploy.commands.options import Command
 from obc_deploy.errors import ObcDeployError
 
@@ -72,6 +72,17 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
             "obc-deploy compress mypackage.models:make_net -c calibration.npz -s w8a8 "
             "--layer head=w4g128 --eval test.npz -o runs/net",
             "obc-deploy compress net.pt2 -c calibration.npz -s 2:4+w8a8 --fallback w8a8 --dry-run",
+            "obc-deploy compress net.pt2 -c calibration.npz -t deepsparse --budget latency:4x "
+            "-o runs/net",
+            "obc-deploy compress net.pt2 -c calibration.npz --eval test.npz -t deepsparse "
+            "--max-drop 1.0 -o runs/net",
+        ),
+    ),
+    (
+        curve.curve,
+        _examples(
+            "obc-deploy curve net.pt2 -c calibration.npz --eval test.npz -t deepsparse "
+            "-b latency:2x -b latency:4x -b latency:6x -o curves/net",
         ),
     ),
     (

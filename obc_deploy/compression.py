@@ -19,17 +19,19 @@ from torch import Tensor, fx, nn
 from obc_deploy import manifest as manifests
 from obc_deploy.accuracy import evaluation_samples, measure_accuracy
 from obc_deploy.activations import ActivationRange, RangeMethod, collect_ranges
-from obc_deploy.assignment import resolve_schemes
+from obc_deploy.assignment import fixed_schemes, resolve_schemes
 from obc_deploy.calibrated import DEFAULT_BATCH, CalibratedModel, Stage, calibrate, silent
 from obc_deploy.capture import Network
 from obc_deploy.costs import Costs, LayerCost, total
 from obc_deploy.data import Preprocessing, Samples
-from obc_deploy.errors import CalibrationError, ObcDeployError
+from obc_deploy.errors import CalibrationError
 from obc_deploy.layers import Layer
 from obc_deploy.layerwise import Layerwise
 from obc_deploy.manifest import Manifest
+from obc_deploy.planning import FoundPlan, PlanSettings, planner_for
 from obc_deploy.quantized_network import QuantizedNetwork, quantization_points, quantized_network
 from obc_deploy.schemes import DENSE, Quantization, Scheme, as_scheme
+from obc_deploy.search import Budgets, as_budgets
 from obc_deploy.solvers import needs_hessian
 from obc_deploy.solvers.contract import DEFAULT_DAMPING, CompressedLayer
 from obc_deploy.targets import Placement, Target, as_target, preflight
@@ -152,7 +154,9 @@ def compress(
     *,
     scheme: Scheme | str = "w8a8",
     target: Target | str | None = None,
-    budget: str | None = None,
+    budget: Budgets | None = None,
+    plan: FoundPlan | None = None,
+    plan_settings: PlanSettings | None = None,
     device: str = "auto",
     skip: Iterable[str] = (),
     layer_schemes: Mapping[str, Scheme | str] | None = None,
@@ -162,6 +166,7 @@ def compress(
     dtype: str = "float32",
     ranges: RangeMethod | str = RangeMethod.MSE,
     bn_reestimate: bool = True,
+    sequential: bool = False,
     evaluation: object = None,
     preprocessing: Preprocessing | None = None,
     baselines: bool = True,
@@ -178,7 +183,10 @@ def compress(
             result): arrays, an `(inputs, labels)` pair, a loader, a path or a factory's name.
         scheme: what to do to each layer, e.g. "block4@0.9+w8a8".
         target: where it will run; shapes grids and warnings. None keeps one grid step a row.
-        budget: not available yet; give a scheme.
+        budget: what the network may cost, such as "latency:4x" or "macs:3x,size:6x": each layer's
+            scheme is then searched for, in place of `scheme`.
+        plan: schemes that a planner found for `calibrate`'s result, in place of `scheme`.
+        plan_settings: how a budget's plan is searched for.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         skip: names or shell patterns of layers that stay dense.
         layer_schemes: schemes of single layers, by name or shell pattern.
@@ -187,7 +195,10 @@ def compress(
         damping: relative damping of the Hessians.
         dtype: "float32" or "float64", of the solver.
         ranges: how activation ranges are found.
-        bn_reestimate: measure batch-norm statistics anew after compression.
+        bn_reestimate: measure batch-norm statistics anew after compression, and give layers without
+            batch norm their dense output means and variances.
+        sequential: calibrate each layer on what the already compressed ones before it give, and
+            correct it toward the dense outputs.
         evaluation: labelled samples; top-1 accuracy before and after goes to the manifest.
         preprocessing: for uint8 samples.
         baselines: make the dense float and dense int8 networks too, for benchmarks.
@@ -197,15 +208,12 @@ def compress(
         progress: called with what is being done and the share of it.
 
     Raises:
+        BudgetError: no plan keeps the budget; the message says what could be reached.
         CalibrationError: the samples are unusable.
         LayerError: a layer name matches nothing.
         ModelError: the model cannot be captured or is not finite.
         SchemeError: a scheme cannot be read or does not divide a layer.
     """
-    if budget is not None:
-        raise ObcDeployError(
-            f"budget '{budget}': budgets are not available yet; give a scheme instead"
-        )
     start = time.monotonic()
     say = progress or silent
     chosen = as_scheme(scheme)
@@ -232,13 +240,27 @@ def compress(
             model, calibration, device=device, preprocessing=preprocessing, source=source,
             batch_size=batch_size, seed=seed,
         )  # fmt: skip
-    layers = calibrated.layers
+    evaluated = evaluation_samples(calibrated, evaluation, preprocessing)
+    if budget is not None:
+        wanted = replace(
+            plan_settings or PlanSettings(seed=seed), method=method, damping=damping, dtype=dtype,
+            fixed=fixed_schemes(calibrated.layers, skip=skip, layer_schemes=layer_schemes),
+        )  # fmt: skip
+        planner = planner_for(
+            calibrated, [one.metric for one in as_budgets(budget)], wanted, target=goal,
+            progress=say,
+        )  # fmt: skip
+        plan = planner.find(budget, progress=say)
+        planner.hand_over(plan.plan.schemes)
+    if plan is not None:
+        skip, layer_schemes = (), plan.plan.schemes
     schemes = resolve_schemes(
-        layers, chosen, skip=skip, layer_schemes=layer_schemes,
+        calibrated.layers, chosen, skip=skip, layer_schemes=layer_schemes,
         fallback=None if fallback is None else as_scheme(fallback),
     )  # fmt: skip
-    evaluated = evaluation_samples(calibrated, evaluation, preprocessing)
-    work = Layerwise(calibrated, schemes, goal, method, damping, dtype, bn_reestimate, say)
+    work = Layerwise(
+        calibrated, schemes, goal, method, damping, dtype, bn_reestimate, say, sequential
+    )
     network, forms, reestimated = work.run()
     points = quantization_points(network, calibrated.folded_layers)
     wants_ranges = any(s.quantization and s.quantization.activation_bits for s in schemes.values())
@@ -256,6 +278,7 @@ def compress(
         bn_reestimate=bn_reestimate,
         batch_size=calibrated.batch_size,
         seed=seed,
+        sequential=sequential,
     )
     made = CompressedModel(
         network=network,
@@ -264,7 +287,15 @@ def compress(
         ranges=found,
         samples=calibrated.samples.take(KEPT_SAMPLES),
         manifest=_manifest(
-            calibrated, chosen, schemes, forms, found, settings, role, reestimated, goal
+            calibrated,
+            str(chosen) if plan is None else plan.text,
+            schemes,
+            forms,
+            found,
+            settings,
+            role,
+            reestimated,
+            goal,
         ),
         baselines=dense_baselines(calibrated, target=goal, progress=say) if baselines else (),
     )
@@ -275,6 +306,7 @@ def compress(
         manifest=made.manifest.model_copy(
             update={
                 "accuracy": accuracy,
+                "plan": None if plan is None else plan.record(),
                 "predicted_speedup": None
                 if predicted is None
                 else {"macs": predicted.macs, "bops": predicted.bops},
@@ -340,7 +372,7 @@ def _layer_record(
 
 def _manifest(
     calibrated: CalibratedModel,
-    scheme: Scheme,
+    scheme: str,
     schemes: Mapping[str, Scheme],
     forms: Mapping[str, CompressedLayer[Tensor]],
     ranges: Mapping[str, ActivationRange],
@@ -360,7 +392,7 @@ def _manifest(
         notes += preflight(target, calibrated.layers, schemes, vnni=vnni)
     return Manifest(
         role=role,
-        scheme=str(scheme),
+        scheme=scheme,
         model=manifests.ModelSource(
             source=calibrated.source,
             weights=calibrated.weights,

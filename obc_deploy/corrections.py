@@ -17,7 +17,7 @@ nothing was compressed, nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Moments:
     variance: Tensor
 
 
-class _Stream:
+class MomentStream:
     """Mean and variance of a stream of activations, a channel at a time, in float64."""
 
     def __init__(self) -> None:
@@ -64,13 +64,14 @@ class _Stream:
         self.count = total
 
     def moments(self) -> Moments:
+        """Of everything added so far."""
         return Moments(self.mean, self.squares / max(self.count - 1, 1))
 
 
 class _InputStatistics(fx.Interpreter):
     """Runs a graph as it is and streams the input of each batch norm."""
 
-    def __init__(self, module: fx.GraphModule, streams: Mapping[str, _Stream]) -> None:
+    def __init__(self, module: fx.GraphModule, streams: Mapping[str, MomentStream]) -> None:
         super().__init__(module)
         self._streams = streams
 
@@ -87,7 +88,7 @@ class _BatchStatistics(fx.Interpreter):
     def __init__(
         self,
         module: fx.GraphModule,
-        streams: Mapping[str, _Stream],
+        streams: Mapping[str, MomentStream],
         reference: Mapping[str, Moments] | None,
     ) -> None:
         super().__init__(module)
@@ -124,7 +125,7 @@ def batch_norm_moments(network: Network, batches: Batches) -> dict[str, Moments]
         network: the dense network; left as it is.
         batches: the calibration batches.
     """
-    streams = {norm.node.name: _Stream() for norm in find_batch_norms(network.module)}
+    streams = {norm.node.name: MomentStream() for norm in find_batch_norms(network.module)}
     if not streams:
         return {}
     device = next((p.device for p in network.module.parameters()), torch.device("cpu"))
@@ -135,9 +136,39 @@ def batch_norm_moments(network: Network, batches: Batches) -> dict[str, Moments]
     return {name: stream.moments() for name, stream in streams.items()}
 
 
-def _corrected(
+def normalised_outputs(
+    network: Network, batches: Batches, reference: Mapping[str, Moments]
+) -> Iterator[Any]:
+    """Outputs batch by batch as they will be once batch norms are re-estimated.
+
+    One pass where re-estimating and running would take two: each batch is normalised by its own
+    statistics, toward the reference.
+
+    Args:
+        network: left as it is; its running statistics are the dense network's.
+        batches: the calibration batches.
+        reference: `batch_norm_moments` of the dense network on the same batches.
+    """
+    streams = {norm.node.name: MomentStream() for norm in find_batch_norms(network.module)}
+    runner = _BatchStatistics(network.module, streams, reference)
+    device = next((p.device for p in network.module.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        for batch in batches:
+            yield runner.run(*(tensor.to(device) for tensor in batch))
+
+
+def corrected_moments(
     norm: BatchNorm, found: Moments, dense: Moments | None, mean: Tensor, variance: Tensor
 ) -> Moments:
+    """μ' and σ'² of one batch norm, (channels,) float64.
+
+    Args:
+        norm: the batch norm.
+        found: moments of its input in the compressed network.
+        dense: those in the dense network; None takes `found` as they are.
+        mean: the dense network's running mean.
+        variance: its running variance.
+    """
     if dense is None:
         return found
     old = variance.double() + norm.eps
@@ -175,7 +206,7 @@ def reestimate_batch_norms(
     norms: list[BatchNorm] = find_batch_norms(network.module)
     if not norms:
         return 0
-    streams = {norm.node.name: _Stream() for norm in norms}
+    streams = {norm.node.name: MomentStream() for norm in norms}
     runner = _BatchStatistics(network.module, streams, reference)
     device = next((p.device for p in network.module.parameters()), torch.device("cpu"))
     with torch.no_grad():
@@ -187,7 +218,7 @@ def reestimate_batch_norms(
         mean = get_tensor(network.module, norm.mean_name)
         variance = get_tensor(network.module, norm.variance_name)
         dense = None if reference is None else reference[norm.node.name]
-        new = _corrected(norm, streams[norm.node.name].moments(), dense, mean, variance)
+        new = corrected_moments(norm, streams[norm.node.name].moments(), dense, mean, variance)
         set_tensor(network.module, norm.mean_name, new.mean.to(mean))
         set_tensor(network.module, norm.variance_name, new.variance.to(variance))
     return len(norms)

@@ -43,6 +43,10 @@ class BudgetError(ObcDeployError, ValueError):
     """A budget that cannot be read, that nothing was measured for, or that no plan can meet."""
 
 
+class LatencyError(ObcDeployError):
+    """A latency table that is damaged, of another machine, or of another network."""
+
+
 class RunDirectoryError(ObcDeployError):
     """A run directory that is missing, in use, not writable or damaged."""
 

@@ -15,14 +15,18 @@ from obc_deploy.calibrated import CalibratedModel, Stage
 from obc_deploy.calibration import LayerStatistics
 from obc_deploy.capture import Network, get_tensor, set_tensor
 from obc_deploy.corrections import batch_norm_moments, reestimate_batch_norms
+from obc_deploy.errors import ObcDeployError
 from obc_deploy.folding import find_batch_norms, fold_batch_norms
 from obc_deploy.layers import Layer, matrix_to_weight, weight_to_matrix
+from obc_deploy.paired_networks import PairedNetworks
 from obc_deploy.schemes import Block4, Scheme, Unstructured
+from obc_deploy.sequential import corrected_weight, sequential_statistics
 from obc_deploy.solvers import needs_hessian, solve_levels
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem
 from obc_deploy.solvers.estimate import LayerShape, estimate_seconds, operations
 from obc_deploy.solvers.settings import SolverSettings, precision
 from obc_deploy.solvers.staged import quantize_pruned
+from obc_deploy.statistics_correction import correct_outputs
 from obc_deploy.targets import Target
 
 _WORTH_ANNOUNCING = 1e11
@@ -47,34 +51,48 @@ class Layerwise:
     dtype: str
     bn_reestimate: bool
     say: Stage
+    sequential: bool = False
 
     def run(self) -> tuple[Network, dict[str, CompressedLayer[Tensor]], int]:
         """The folded network with compressed weights, the folded forms, and batch norms redone."""
         calibrated = self.calibrated
         active = [layer for layer in calibrated.layers if not self.schemes[layer.name].is_dense]
         statistics: Mapping[str, LayerStatistics] = {}
+        dense = calibrated.network.branch()
+        network = calibrated.network.branch()
+        shared = self.target is not None and self.target.one_weight_step
         if active and needs_hessian(self.method):
             self._announce(active)
-            statistics = calibrated.hessians(active, torch.float64, self.say)
-        network = calibrated.network.branch()
-        forms = self._prune(network, active, statistics)
-        shared = self.target is not None and self.target.one_weight_step
+        if self.sequential:
+            forms, statistics = self._in_order(network, dense, active, quantize=not shared)
+        else:
+            if active and needs_hessian(self.method):
+                statistics = calibrated.hessians(active, torch.float64, self.say)
+            forms = self._prune(network, active, statistics)
         pruned_any = any(self.schemes[layer.name].pattern for layer in active)
+        low_bits = any(self.schemes[layer.name].weight_bits < 8 for layer in active)
         reestimated = self._reestimate(network) if pruned_any else 0
         if shared:
+            if pruned_any:
+                # Now: once rows share a grid step, none can be scaled alone.
+                corrected = self._correct_outputs(network, forms)
+                _scale_rows(dense, active, forms, corrected)
+                forms = corrected
             folded, _, folded_forms = fold_batch_norms(network, list(calibrated.layers), forms)
             # Dense rows scaled as the pruned ones are: through the same, re-estimated batch norms.
             for layer in active:
-                set_matrix(network, layer, self._dense(layer))
+                set_tensor(
+                    network.module, layer.weight_name, get_tensor(dense.module, layer.weight_name)
+                )
             dense, _, _ = fold_batch_norms(network, list(calibrated.layers))
             forms = self._quantize(folded, dense, active, folded_forms, statistics, shared=True)
         else:
-            forms = self._quantize(
-                network, calibrated.network, active, forms, statistics, shared=False
-            )
-            low_bits = any(self.schemes[layer.name].weight_bits < 8 for layer in active)
+            if not self.sequential:
+                forms = self._quantize(network, dense, active, forms, statistics, shared=False)
             if low_bits:
                 reestimated = self._reestimate(network) or reestimated
+            if pruned_any or low_bits:
+                forms = self._correct_outputs(network, forms)
             folded, _, forms = fold_batch_norms(network, list(calibrated.layers), forms)
         return (
             in_folded_graph(calibrated.folded, folded, calibrated.folded_layers, forms),
@@ -118,6 +136,19 @@ class Layerwise:
             reference=reference,
             progress=lambda share: self.say("re-estimating batch norm", share),
         )
+
+    def _correct_outputs(
+        self, network: Network, forms: Mapping[str, CompressedLayer[Tensor]]
+    ) -> dict[str, CompressedLayer[Tensor]]:
+        """What re-estimated batch norms do for their layers, for those that have none."""
+        if not self.bn_reestimate:
+            return dict(forms)
+        calibrated = self.calibrated
+        batches = calibrated.samples.batches(calibrated.batch_size, exact=not network.dynamic_batch)
+        return correct_outputs(
+            calibrated.network, network, calibrated.layers, forms, batches,
+            progress=lambda share: self.say("correcting output statistics", share),
+        )  # fmt: skip
 
     def _problem(
         self, layer: Layer, weight: Tensor, statistics: Mapping[str, LayerStatistics]
@@ -178,9 +209,72 @@ class Layerwise:
             return solve(problem, form)
         return _by_rows(problem, form, solve)
 
-    def _dense(self, layer: Layer) -> Tensor:
-        weight = get_tensor(self.calibrated.network.module, layer.weight_name)
-        return weight_to_matrix(layer, weight)
+    def _in_order(
+        self, network: Network, dense: Network, active: Sequence[Layer], *, quantize: bool
+    ) -> tuple[dict[str, CompressedLayer[Tensor]], dict[str, LayerStatistics]]:
+        """Layer after layer on what the compressed network gives it, corrected toward the dense.
+
+        `network` gets the compressed weights, `dense` the corrected ones that they stand for.
+        """
+        calibrated = self.calibrated
+        if active and not needs_hessian(self.method):
+            raise ObcDeployError(
+                f"sequential mode corrects layers by their Hessians, which method '{self.method}' "
+                "does not read; use method 'exact_obs', or leave sequential mode out"
+            )
+        pair = PairedNetworks(
+            calibrated.network,
+            network,
+            calibrated.samples.batches(
+                calibrated.batch_size, exact=not calibrated.network.dynamic_batch
+            ),
+        )
+        forms: dict[str, CompressedLayer[Tensor]] = {}
+        statistics: dict[str, LayerStatistics] = {}
+        work = [layer.rows * float(layer.cols) ** 2 for layer in active]
+        done = 0.0
+        for layer, share in zip(active, work, strict=True):
+
+            def report(part: float, done: float = done, share: float = share) -> None:
+                self.say("compressing layer after layer", (done + part * share) / sum(work))
+
+            report(0.0)
+            if self.bn_reestimate:
+                pair.reestimate(layer)
+            found = sequential_statistics(pair, layer)
+            matrix = weight_to_matrix(layer, get_tensor(dense.module, layer.weight_name))
+            matrix = corrected_weight(matrix, found, damping=self.damping, name=layer.name)
+            set_matrix(dense, layer, matrix)
+            statistics[layer.name] = found.inputs
+            forms[layer.name] = self._whole(layer, matrix, found.inputs, report, quantize=quantize)
+            set_matrix(network, layer, forms[layer.name].weight)
+            done += share
+        return forms, statistics
+
+    def _whole(
+        self,
+        layer: Layer,
+        matrix: Tensor,
+        statistics: LayerStatistics,
+        report: Callable[[float], None],
+        *,
+        quantize: bool,
+    ) -> CompressedLayer[Tensor]:
+        """One layer's pattern, and its grid where that is wanted now."""
+        scheme = self.schemes[layer.name]
+        problem = self._problem(layer, matrix, {layer.name: statistics})
+        pattern = Scheme(scheme.pattern, None)
+        if pattern.is_dense:
+            form = _unpruned(scheme, matrix, self.method)
+        else:
+            solved = solve_levels(
+                problem, [pattern], method=self.method, dtype=self.dtype,
+                device=self.calibrated.device, progress=report,
+            )  # fmt: skip
+            form = replace(solved[0], scheme=scheme)
+        if quantize and scheme.quantization is not None:
+            form = self._codes(problem, form, scheme, report, shared_step=False)
+        return form
 
     def _prune(
         self, network: Network, active: Sequence[Layer], statistics: Mapping[str, LayerStatistics]
@@ -197,10 +291,7 @@ class Layerwise:
                 self.say("pruning", (done + part * share) / sum(work))
 
             if pattern.is_dense:
-                mask = torch.ones_like(matrix, dtype=torch.bool)
-                forms[layer.name] = CompressedLayer(
-                    scheme, matrix, mask, None, None, None, 0.0, self.method or "exact_obs"
-                )
+                forms[layer.name] = _unpruned(scheme, matrix, self.method)
             else:
                 solved = self._pruned(layer, matrix, pattern, statistics, report)
                 forms[layer.name] = replace(solved, scheme=scheme)
@@ -245,6 +336,27 @@ class Layerwise:
             done += share
             self.say("quantizing", done / sum(work))
         return results
+
+
+def _scale_rows(
+    network: Network,
+    layers: Sequence[Layer],
+    before: Mapping[str, CompressedLayer[Tensor]],
+    after: Mapping[str, CompressedLayer[Tensor]],
+) -> None:
+    """Scale a network's rows as those of compressed layers were, in place."""
+    for layer in layers:
+        if after[layer.name] is before[layer.name]:
+            continue
+        old, new = (forms[layer.name].weight.norm(dim=1) for forms in (before, after))
+        ratio = torch.where(old > 0, new / old.clamp(min=torch.finfo(old.dtype).tiny), 1.0)
+        matrix = weight_to_matrix(layer, get_tensor(network.module, layer.weight_name))
+        set_matrix(network, layer, matrix * ratio[:, None])
+
+
+def _unpruned(scheme: Scheme, matrix: Tensor, method: str | None) -> CompressedLayer[Tensor]:
+    mask = torch.ones_like(matrix, dtype=torch.bool)
+    return CompressedLayer(scheme, matrix, mask, None, None, None, 0.0, method or "exact_obs")
 
 
 def _by_rows(

@@ -86,6 +86,28 @@ class Settings(_Part):
     bn_reestimate: bool
     batch_size: int
     seed: int
+    sequential: bool = False
+
+
+class PlanRecord(_Part):
+    """How a plan was found for a budget.
+
+    Losses are of the network's outputs on calibration samples: `loss` the sum over layers that the
+    knapsack minimised, `start_loss` and `calibration_loss` the stitched network's before and after
+    the search. Factors are dense over plan; latencies are predictions of a measured table.
+    """
+
+    budgets: str
+    method: str
+    loss: float
+    gap: float | None = None
+    calibration_loss: float | None = None
+    start_loss: float | None = None
+    evaluations: int = 0
+    factors: dict[str, float] = Field(default_factory=dict)
+    edges: list[str] = Field(default_factory=list)
+    predicted_ms: float | None = None
+    dense_ms: float | None = None
 
 
 class Manifest(_Part):
@@ -103,6 +125,7 @@ class Manifest(_Part):
     batch_norms_reestimated: int = 0
     accuracy: Accuracy | None = None
     predicted_speedup: dict[str, float] | None = None
+    plan: PlanRecord | None = None
     notes: list[str] = Field(default_factory=list)
     seconds: float | None = None
     versions: dict[str, str] = Field(default_factory=dict)

@@ -158,9 +158,12 @@ def _deepsparse_step(
 
 
 def _audit_deepsparse(
-    graph: OnnxGraph, session: Session, inputs: Mapping[str, np.ndarray[Any, Any]]
+    graph: OnnxGraph,
+    session: Session,
+    inputs: Mapping[str, np.ndarray[Any, Any]],
+    iterations: int,
 ) -> Audit:
-    steps = session.profile(inputs)
+    steps = session.profile(inputs, iterations=iterations)
     found = [(node, _deepsparse_step(graph, node, steps)) for node in graph.layers]
     names = [step.name for _, step in found if step is not None]
     layers = []
@@ -226,11 +229,14 @@ def _assign(graph: OnnxGraph, optimized: OnnxGraph) -> dict[int, OnnxNode]:
 
 
 def _audit_onnxruntime(
-    graph: OnnxGraph, session: Session, inputs: Mapping[str, np.ndarray[Any, Any]]
+    graph: OnnxGraph,
+    session: Session,
+    inputs: Mapping[str, np.ndarray[Any, Any]],
+    iterations: int,
 ) -> Audit:
     with tempfile.TemporaryDirectory(prefix="obc-audit-") as folder:
         written = Path(folder) / "optimized.onnx"
-        profiled = session.profile(inputs, optimized_model=written)
+        profiled = session.profile(inputs, iterations=iterations, optimized_model=written)
         optimized = read_onnx_graph(written)
     assigned = _assign(graph, optimized)
     made = {node.name: node for node in optimized.nodes if node.name}
@@ -279,20 +285,23 @@ def _audit_onnxruntime(
     )
 
 
-def audit(session: Session, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Audit:
+def audit(
+    session: Session, inputs: Mapping[str, np.ndarray[Any, Any]], *, iterations: int = 10
+) -> Audit:
     """How the runtime ran the session's artifact, layer by layer.
 
     Args:
         session: an open session.
         inputs: inputs to run it on.
+        iterations: runs that its times come from.
 
     Raises:
         RuntimeFailedError: the runtime failed, crashed or hung.
     """
     graph = read_onnx_graph(session.path)
     if session.runtime == "deepsparse":
-        return _audit_deepsparse(graph, session, inputs)
-    return _audit_onnxruntime(graph, session, inputs)
+        return _audit_deepsparse(graph, session, inputs, iterations)
+    return _audit_onnxruntime(graph, session, inputs, iterations)
 
 
 def audit_artifact(

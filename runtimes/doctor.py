@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from obc_deploy import native
 from obc_deploy.errors import ObcDeployError
+from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.contract import RuntimeInfo
 from obc_deploy.runtimes.fingerprint import Fingerprint, take_fingerprint
 from obc_deploy.runtimes.registry import RUNTIMES
@@ -57,12 +58,28 @@ class SolverInfo:
 
 
 @dataclass(frozen=True)
+class SparseKernelsInfo:
+    """Whether the sparse kernels for ONNX Runtime work.
+
+    Attributes:
+        works: ONNX Runtime loaded them, and they computed a small layer.
+        instruction_set: the one in use, of `sparse.INSTRUCTION_SETS`; None where they do not load.
+        reason: why they do not work, with the fix; None where they do.
+    """
+
+    works: bool
+    instruction_set: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Everything `obc-deploy doctor` says.
 
     Attributes:
         runtimes: each runtime, tried on a small graph where it is installed.
         solvers: the compiled row solvers, tried on a small problem.
+        sparse_kernels: the sparse kernels for ONNX Runtime, tried on a small layer.
         machine: the machine.
         cpu_features: those that matter here, with what their presence or absence means.
         versions: installed packages; None where one is missing.
@@ -72,6 +89,7 @@ class Diagnosis:
 
     runtimes: tuple[RuntimeInfo, ...]
     solvers: SolverInfo
+    sparse_kernels: SparseKernelsInfo
     machine: Fingerprint
     cpu_features: tuple[CpuFeature, ...]
     versions: dict[str, str | None]
@@ -83,6 +101,7 @@ class Diagnosis:
         return {
             "runtimes": [runtime.as_dict() for runtime in self.runtimes],
             "solvers": asdict(self.solvers),
+            "sparse_kernels": asdict(self.sparse_kernels),
             "machine": self.machine.as_dict(),
             "cpu_features": [asdict(feature) for feature in self.cpu_features],
             "versions": dict(self.versions),
@@ -159,6 +178,67 @@ def try_solvers() -> SolverInfo:
     return SolverInfo(
         False, name, "they computed a wrong result on a row of five weights; reinstall obc-deploy, "
         f"or set {native.DISABLE_VARIABLE}=0 to do without them",
+    )  # fmt: skip
+
+
+def _sparse_probe() -> bytes:
+    """A graph of one sparse operator: y = x · w, where w has one block of four twos."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights: dict[str, Any] = {
+        "values": np.full((1, 4), 2, np.int8),
+        "block_index": np.array([1], np.int32),
+        "row_start": np.array([0, 0, 1], np.int32),
+        "weight_scale": np.ones(1, np.float32),
+    }
+    node = helper.make_node(
+        "SparseLinearDequantize", ["x", *weights], ["y"], domain=sparse.DOMAIN,
+        features=16, input_scale=1.0, input_zero_point=0,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    opsets = [
+        helper.make_opsetid("", 13),
+        helper.make_opsetid(sparse.DOMAIN, sparse.DOMAIN_VERSION),
+    ]
+    probe: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    return probe
+
+
+def try_sparse_kernels() -> SparseKernelsInfo:
+    """The sparse kernels after ONNX Runtime, in this process, computed a small layer with them."""
+    import numpy as np
+    import onnxruntime
+
+    if not sparse.is_available():
+        return SparseKernelsInfo(False, None, sparse.why_missing())
+    name = sparse.instruction_set()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        options.register_custom_ops_library(str(sparse.library_path()))
+        session = onnxruntime.InferenceSession(
+            _sparse_probe(), options, providers=["CPUExecutionProvider"]
+        )
+        (found,) = session.run(None, {"x": np.arange(16, dtype=np.uint8)[None]})
+    except Exception as error:  # ONNX Runtime has one class for each of its error codes
+        said = " ".join(str(error).split())
+        return SparseKernelsInfo(
+            False, name, f"ONNX Runtime {onnxruntime.__version__} does not run them ({said}): "
+            "install onnxruntime 1.17 or later",
+        )  # fmt: skip
+    if np.array_equal(found, [[0, 2 * (4 + 5 + 6 + 7)]]):
+        return SparseKernelsInfo(True, name, None)
+    return SparseKernelsInfo(
+        False, name, "they computed a wrong result on a layer of two outputs; reinstall "
+        f"obc-deploy, or set {sparse.DISABLE_VARIABLE}=0 to do without them",
     )  # fmt: skip
 
 
@@ -252,6 +332,7 @@ def diagnose(timeout_s: float = 120.0) -> Diagnosis:
     return Diagnosis(
         runtimes=(*tried, _tensorrt(machine)),
         solvers=try_solvers(),
+        sparse_kernels=try_sparse_kernels(),
         machine=machine,
         cpu_features=explain_cpu(machine.cpu_features, platform.machine()),
         versions={package: _version(package) for package in PACKAGES},
@@ -299,13 +380,16 @@ def render(diagnosis: Diagnosis) -> Group:
         for gpu in machine.gpus
     )
     rest.add_row("GPU", escape(gpus) or "none")
-    solvers = diagnosis.solvers
-    rest.add_row(
-        "compiled solvers",
-        f"[green]yes[/green], with {solvers.instruction_set}"
-        if solvers.works
-        else f"[red]no[/red]: {escape(str(solvers.reason))}",
-    )
+    for part, state in (
+        ("compiled solvers", diagnosis.solvers),
+        ("sparse kernels", diagnosis.sparse_kernels),
+    ):
+        rest.add_row(
+            part,
+            f"[green]yes[/green], with {state.instruction_set}"
+            if state.works
+            else f"[red]no[/red]: {escape(str(state.reason))}",
+        )
     rest.add_row("compiler", diagnosis.compiler or "none: install g++ (apt install g++)")
     rest.add_row("python", diagnosis.python)
     for package, version in diagnosis.versions.items():

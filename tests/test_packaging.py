@@ -52,6 +52,7 @@ def test_wheel_holds_every_room_under_one_name(wheel):
         "obc_deploy/solvers/exact_obs.py",
         "obc_deploy/exporters/qoperator.py",
         "obc_deploy/runtimes/session.py",
+        "obc_deploy/runtimes/sparse/OPERATORS.md",
         "obc_deploy/runtimes/worker/__main__.py",
         "obc_deploy/benchmarks/comparison.py",
         "obc_deploy/benchmarks/report.html.jinja",
@@ -59,6 +60,7 @@ def test_wheel_holds_every_room_under_one_name(wheel):
         assert wanted in names
     if shutil.which("g++"):
         assert any(name.startswith("obc_deploy/native/_rows.") for name in names)
+        assert any(name.startswith("obc_deploy/runtimes/sparse/_kernels.") for name in names)
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"obc_deploy"}
     assert not [name for name in names if "tests/" in name or "results/" in name]

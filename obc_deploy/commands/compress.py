@@ -14,8 +14,9 @@ import typer
 
 from obc_deploy.commands import options as o
 from obc_deploy.commands.bench import MeasuringPlan, bench_runs, require_runtimes
+from obc_deploy.commands.budget import Wish, compress_within, show_estimate, show_found
 from obc_deploy.commands.output import Output, Stage
-from obc_deploy.errors import CalibrationError, RunDirectoryError
+from obc_deploy.errors import BudgetError, CalibrationError, RunDirectoryError
 from obc_deploy.schemes import Scheme
 from obc_deploy.targets import Target, as_target
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from obc_deploy.calibrated import CalibratedModel
     from obc_deploy.compression import CompressedModel
     from obc_deploy.data import Samples
+    from obc_deploy.planning import FoundPlan
 
 DEFAULT_SCHEME = "w8a8"
 
@@ -70,6 +72,7 @@ class Compression:
         damping: relative damping.
         dtype: precision of the solver.
         reestimate: measure batch-norm statistics anew.
+        sequential: calibrate each layer on the compressed layers before it.
         batch_size: calibration samples at a time.
         device: where the work is done.
         seed: of every random choice.
@@ -92,6 +95,7 @@ class Compression:
     damping: float
     dtype: str
     reestimate: bool
+    sequential: bool
     batch_size: int
     device: str
     seed: int
@@ -158,21 +162,46 @@ class Compression:
         Raises:
             ObcDeployError: the model, the data or the schemes cannot be used.
         """
+        calibrated, evaluation = self.calibrate(say)
+        return self.made_of(calibrated, evaluation, say)
+
+    def made_of(
+        self,
+        calibrated: CalibratedModel,
+        evaluation: Samples | None,
+        say: Stage,
+        *,
+        plan: FoundPlan | None = None,
+        layer_schemes: Mapping[str, Scheme] | None = None,
+    ) -> CompressedModel:
+        """Compress a calibrated model, by a plan where there is one.
+
+        Args:
+            calibrated: the model.
+            evaluation: labelled samples, or None.
+            say: told what is being done.
+            plan: schemes that were searched for.
+            layer_schemes: schemes of all layers, in place of those asked for.
+
+        Raises:
+            ObcDeployError: as in `compress`.
+        """
         from obc_deploy.compression import compress
 
-        calibrated, evaluation = self.calibrate(say)
         return compress(
             calibrated,
             scheme=self.scheme,
+            plan=plan,
             target=self.target,
-            skip=self.skip,
-            layer_schemes=self.layer_schemes,
+            skip=() if layer_schemes else self.skip,
+            layer_schemes=layer_schemes or self.layer_schemes,
             fallback=self.fallback,
             method=self.method,
             damping=self.damping,
             dtype=self.dtype,
             ranges=self.ranges,
             bn_reestimate=self.reestimate,
+            sequential=self.sequential,
             evaluation=evaluation,
             baselines=self.baselines,
             batch_size=self.batch_size,
@@ -185,7 +214,7 @@ def _shapes(shapes: list[tuple[int, ...]]) -> str:
     return " and ".join("x".join(map(str, shape)) for shape in shapes)
 
 
-def _request(
+def request(
     *,
     model: str,
     weights: str | None,
@@ -203,11 +232,17 @@ def _request(
     damping: float,
     dtype: o.Precision,
     bn_reestimate: bool,
+    sequential: bool,
     batch_size: int,
     device: str,
     seed: int,
     no_baselines: bool,
 ) -> Compression:
+    """What a command line asks for.
+
+    Raises:
+        ObcDeployError: an option's value cannot be read.
+    """
     if not math.isfinite(damping):
         raise CalibrationError(f"--damping {damping} is no share; give a number such as 0.01")
     look_here()
@@ -228,6 +263,7 @@ def _request(
         damping=damping,
         dtype=dtype.value,
         reestimate=bn_reestimate,
+        sequential=sequential,
         batch_size=batch_size,
         device=device,
         seed=seed,
@@ -313,13 +349,62 @@ def _show_plan(out: Output, work: Compression) -> None:
     )
 
 
-def _compress_to(out: Output, work: Compression, run: Path, *, overwrite: bool) -> CompressedModel:
+def _compress_to(
+    out: Output, work: Compression, run: Path, *, overwrite: bool, wish: Wish | None = None
+) -> CompressedModel:
+    notes: list[str] = []
     with out.working() as say:
-        made = work.compress(say)
+        if wish is None:
+            made = work.compress(say)
+        else:
+            made, notes = compress_within(work, wish, say)
         say("writing the run directory", 1.0)
         made.save(run, overwrite=overwrite)
+    if wish is not None:
+        show_found(out, made, notes)
     _show_compressed(out, made, run)
     return made
+
+
+def _wish(
+    *,
+    budget: str | None,
+    max_drop: float | None,
+    metric: str,
+    scheme_given: bool,
+    search_seconds: float,
+    database: Path | None,
+    families: str | None,
+    free_edges: bool,
+    latency_file: Path | None,
+    allow_foreign_latency: bool,
+    threads: int | None,
+    measured_batch: int,
+) -> Wish | None:
+    """What was asked for besides schemes; None where schemes were."""
+    if budget is None and max_drop is None:
+        return None
+    if budget is not None and max_drop is not None:
+        raise BudgetError("--budget and --max-drop are each other's reverse; give one of them")
+    if scheme_given:
+        given = "--budget" if budget is not None else "--max-drop"
+        raise BudgetError(
+            f"{given} searches for each layer's scheme; leave --scheme out (--levels says what to "
+            "choose from, --layer and --skip fix single layers)"
+        )
+    return Wish(
+        budgets=() if budget is None else (budget,),
+        max_drop=max_drop,
+        metric=metric,
+        search_seconds=search_seconds,
+        database=database,
+        families=families,
+        free_edges=free_edges,
+        latency_file=latency_file,
+        allow_foreign_latency=allow_foreign_latency,
+        threads=threads,
+        measured_batch=measured_batch,
+    )
 
 
 def _show_compressed(out: Output, made: CompressedModel, run: Path) -> None:
@@ -370,12 +455,23 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    scheme: o.SchemeText = DEFAULT_SCHEME,
+    scheme: o.SchemeOrBudget = None,
+    budget: o.BudgetText = None,
+    max_drop: o.MaxDrop = None,
+    by: o.DropMetric = o.MetricName.LATENCY,
     weights: o.WeightsName = None,
     target: o.TargetName = None,
     skip: o.Skip = None,
     layer: o.LayerSchemes = None,
     fallback: o.Fallback = None,
+    search_time: o.SearchTime = 60.0,
+    database: o.DatabaseFolder = None,
+    levels: o.Families = None,
+    free_edges: o.FreeEdges = False,
+    latency_table: o.LatencyFile = None,
+    allow_foreign_latency: o.ForeignLatency = False,
+    threads: o.TimedThreads = None,
+    measured_batch: o.TimedBatch = 1,
     method: o.MethodName = o.Method.EXACT_OBS,
     samples: o.SampleCount = o.DEFAULT_SAMPLES,
     batch_size: o.BatchSize = 64,
@@ -384,6 +480,7 @@ def compress(
     dtype: o.PrecisionName = o.Precision.FLOAT32,
     ranges: o.RangesName = o.Ranges.MSE,
     bn_reestimate: o.Reestimate = True,
+    sequential: o.Sequential = False,
     evaluation: o.Evaluation = None,
     scale: o.PixelScale = None,
     mean: o.PixelMean = None,
@@ -406,17 +503,27 @@ def compress(
     """Compress a trained model after training, and write a run directory."""
     out = Output(json)
     run = None if dry_run and output is None else _free_run(output, overwrite=overwrite)
-    work = _request(
+    work = request(
         model=model, weights=weights, calibration=calibration, evaluation=evaluation,
-        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, scheme=scheme,
+        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples,
+        scheme=scheme or DEFAULT_SCHEME,
         target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
-        damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, batch_size=batch_size,
-        device=device, seed=seed, no_baselines=no_baselines,
+        damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,
+        batch_size=batch_size, device=device, seed=seed, no_baselines=no_baselines,
+    )  # fmt: skip
+    wish = _wish(
+        budget=budget, max_drop=max_drop, metric=by.value, scheme_given=scheme is not None,
+        search_seconds=search_time, database=database, families=levels, free_edges=free_edges,
+        latency_file=latency_table, allow_foreign_latency=allow_foreign_latency, threads=threads,
+        measured_batch=measured_batch,
     )  # fmt: skip
     if dry_run or run is None:
-        _show_plan(out, work)
+        if wish is None:
+            _show_plan(out, work)
+        else:
+            show_estimate(out, work, wish)
         return
-    made = _compress_to(out, work, run, overwrite=overwrite)
+    made = _compress_to(out, work, run, overwrite=overwrite, wish=wish)
     out.line(f"next: obc-deploy bench {run}" + (f" --data {evaluation}" if evaluation else ""))
     out.results(_description(made, run))
 
@@ -439,6 +546,7 @@ def run(
     dtype: o.PrecisionName = o.Precision.FLOAT32,
     ranges: o.RangesName = o.Ranges.MSE,
     bn_reestimate: o.Reestimate = True,
+    sequential: o.Sequential = False,
     evaluation: o.Evaluation = None,
     scale: o.PixelScale = None,
     mean: o.PixelMean = None,
@@ -484,12 +592,12 @@ def run(
         runtime, threads, measured_batch, rounds, samples_per_round, processes, time_budget, seed
     )
     require_runtimes(runtime)
-    work = _request(
+    work = request(
         model=model, weights=weights, calibration=calibration, evaluation=evaluation,
         data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, scheme=scheme,
         target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
-        damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, batch_size=batch_size,
-        device=device, seed=seed, no_baselines=no_baselines,
+        damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,
+        batch_size=batch_size, device=device, seed=seed, no_baselines=no_baselines,
     )  # fmt: skip
     _compress_to(out, work, free, overwrite=overwrite)
     labelled = None if evaluation is None else work.data.load(evaluation)

@@ -45,6 +45,16 @@ class Precision(StrEnum):
     FLOAT64 = "float64"
 
 
+class MetricName(StrEnum):
+    """What a network costs."""
+
+    LATENCY = "latency"
+    MACS = "macs"
+    BOPS = "bops"
+    BIT_OPERATIONS = "bit_operations"
+    SIZE = "size"
+
+
 class Command(TyperCommand):
     """A command whose `--json` needs no file: alone, or before another option, it means stdout."""
 
@@ -64,6 +74,7 @@ class Command(TyperCommand):
 _MODEL = "The model"
 _DATA = "Data"
 _SCHEME = "What to do"
+_BUDGET = "Budgets"
 _MEASURE = "Measuring"
 _RESULT = "Results"
 
@@ -168,6 +179,17 @@ SchemeText: TypeAlias = Annotated[
         rich_help_panel=_SCHEME,
     ),
 ]
+SchemeOrBudget: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        "-s",
+        metavar="SCHEME",
+        help="What is done to each layer, such as block4@0.9+w8a8 (see 'obc-deploy schemes').",
+        rich_help_panel=_SCHEME,
+        show_default="w8a8",
+    ),
+]
 TargetName: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -242,8 +264,125 @@ Reestimate: TypeAlias = Annotated[
     bool,
     typer.Option(
         "--bn-reestimate/--no-bn-reestimate",
-        help="Measure batch-norm statistics anew after pruning, where there is batch norm.",
+        help="Measure batch-norm statistics anew after compression; where there is no batch norm, "
+        "give layers their dense output means and variances.",
         rich_help_panel=_SCHEME,
+    ),
+]
+Sequential: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--sequential/--independent",
+        help="Calibrate each layer on what the compressed layers before it give, and correct it "
+        "toward the dense outputs; slower, and better where much is taken away.",
+        rich_help_panel=_SCHEME,
+    ),
+]
+BudgetText: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="BUDGET",
+        help="In place of --scheme, how many times less than dense it may cost: latency:4x "
+        "(measured on --target), macs:3x, bops:12x, bit_operations:20x, size:6x; several joined by "
+        "commas. Each layer's scheme is searched for.",
+        rich_help_panel=_BUDGET,
+        show_default="none",
+    ),
+]
+MaxDrop: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        metavar="POINTS",
+        help="In place of --scheme, the cheapest plan that loses at most so many points of "
+        "accuracy on --eval.",
+        rich_help_panel=_BUDGET,
+        show_default="none",
+    ),
+]
+DropMetric: TypeAlias = Annotated[
+    MetricName,
+    typer.Option("--by", help="What --max-drop saves.", rich_help_panel=_BUDGET),
+]
+SearchTime: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--search-time",
+        min=0.0,
+        metavar="SECONDS",
+        help="For the search past the exact solution of the layers' losses, on the whole network; "
+        "0 does without.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+DatabaseFolder: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--database",
+        metavar="FOLDER",
+        help="Where every layer at every level is kept, to be used again.",
+        rich_help_panel=_BUDGET,
+        show_default="one in the cache",
+    ),
+]
+Families: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--levels",
+        metavar="FAMILIES",
+        help="What the search may choose from, such as 'block4+w8a8,w8a8': unstructured, block4 or "
+        "N:M, alone or with a quantization, or a quantization alone, or dense.",
+        rich_help_panel=_BUDGET,
+        show_default="all that the target gains from",
+    ),
+]
+FreeEdges: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--free-edges",
+        help="Let the search prune the first and the last layer too.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+LatencyFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--latency-table",
+        metavar="FILE",
+        help="A latency table to take instead of measuring.",
+        rich_help_panel=_BUDGET,
+        show_default="the cache's, else measured",
+    ),
+]
+ForeignLatency: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--allow-foreign-latency",
+        help="Take --latency-table from another machine too.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+TimedThreads: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="Threads that latencies are measured with.",
+        rich_help_panel=_BUDGET,
+        show_default="the physical cores",
+    ),
+]
+TimedBatch: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--measured-batch",
+        min=1,
+        metavar="N",
+        help="Samples in a timed inference.",
+        rich_help_panel=_BUDGET,
     ),
 ]
 BatchSize: TypeAlias = Annotated[

@@ -125,7 +125,7 @@ def _whole(
     difference = record.identity.difference(identity)
     if not overwrite:
         refuse_other(database.folder, name, difference)
-    if record.identity != identity or not database.is_intact(name):
+    if not record.identity.answers(identity) or not database.is_intact(name):
         return None
     return record
 

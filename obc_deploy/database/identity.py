@@ -1,11 +1,14 @@
-"""What a stored layer is an answer to: the problem's very bytes, and how it was solved.
+"""What a stored layer is an answer to: the problem, and how it was solved.
 
-A level is looked up by this identity and its scheme; anything else is another level.
+Weights are known by their bytes. A Hessian is known by a few quadratic forms vᵀHv with fixed random
+vectors: the same samples summed up in another order, by another number of threads, are the same
+Hessian; other samples are not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,12 +19,18 @@ SOLVER_VERSION = "1"
 """Raised when a solver's results change: levels of another version are solved again."""
 
 
+_FORMS = 4
+"""Quadratic forms that a Hessian is known by."""
+_SAME = 1e-5
+"""Relative difference up to which they are the same; summing in another order makes some 1e-7."""
+
+
 class Identity(BaseModel):
-    """A layer problem and its solver, to the bit.
+    """A layer problem and its solver.
 
     Attributes:
         weight: SHA-256 of the weight's shape, dtype and bytes.
-        hessian: the same of the Hessian, or None where there is none.
+        hessian: quadratic forms of the Hessian, or None where there is none.
         channels: columns at one kernel position.
         damping: relative damping.
         method: the solver.
@@ -32,12 +41,16 @@ class Identity(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     weight: str
-    hessian: str | None
+    hessian: tuple[float, ...] | None
     channels: int
     damping: float
     method: str
     dtype: str
     solver: str
+
+    def answers(self, other: Identity) -> bool:
+        """Whether what was solved for this identity is an answer to the other one."""
+        return self.difference(other) is None and self.solver == other.solver
 
     def difference(self, other: Identity) -> str | None:
         """What another identity has that this one has not, in words, or None.
@@ -46,7 +59,7 @@ class Identity(BaseModel):
         """
         if self.weight != other.weight:
             return "other weights"
-        if self.hessian != other.hessian:
+        if not _same(self.hessian, other.hessian):
             return "another Hessian (other calibration samples, or calibrated in another way)"
         for field in ("channels", "damping", "method", "dtype"):
             ours, theirs = getattr(self, field), getattr(other, field)
@@ -66,12 +79,31 @@ def identity_of(problem: LayerProblem, *, method: str, dtype: str, solver: str) 
     """
     return Identity(
         weight=_digest(problem.weight),
-        hessian=None if problem.hessian is None else _digest(problem.hessian),
+        hessian=None if problem.hessian is None else _forms(problem.hessian),
         channels=problem.channels or problem.weight.shape[-1],
         damping=problem.damping,
         method=method,
         dtype=dtype,
         solver=solver,
+    )
+
+
+def _forms(hessian: torch.Tensor) -> tuple[float, ...]:
+    """vᵀHv / cols for random vectors v of signs, all groups of a layer together."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = hessian.detach().cpu().double().reshape(-1, *hessian.shape[-2:])
+    signs = torch.randint(0, 2, (len(matrices), _FORMS, hessian.shape[-1]), generator=generator)
+    vectors = 2.0 * signs.double() - 1.0
+    forms = ((vectors @ matrices) * vectors).sum((0, 2)) / hessian.shape[-1]
+    return tuple(float(form) for form in forms)
+
+
+def _same(one: tuple[float, ...] | None, two: tuple[float, ...] | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return all(
+        math.isclose(a, b, rel_tol=_SAME) or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(one, two, strict=True)
     )
 
 

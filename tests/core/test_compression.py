@@ -18,10 +18,10 @@ from obc_deploy.capture import Watcher, get_tensor
 from obc_deploy.compression import compress, dense_baselines
 from obc_deploy.data import Preprocessing, Samples
 from obc_deploy.errors import (
+    BudgetError,
     CalibrationError,
     LayerError,
     ModelError,
-    ObcDeployError,
     ProblemError,
     SchemeError,
     TargetError,
@@ -478,7 +478,7 @@ NAN[7, 1, 0, 0] = np.nan
         ({"damping": float("nan")}, ProblemError, "layer 'conv1': damping nan"),
         ({"damping": -1.0, "method": None}, ProblemError, "layer 'conv1': damping -1.0"),
         ({"device": "abacus"}, ProblemError, "device 'abacus' is unknown; use 'cpu'"),
-        ({"budget": "2x"}, ObcDeployError, "budget '2x'.*give a scheme"),
+        ({"budget": "2x"}, BudgetError, "cannot read budget '2x'"),
         ({"evaluation": X}, CalibrationError, "'memory' has no labels to measure"),
         ({"evaluation": (X[:0], LABELS[:0])}, CalibrationError, "'memory' is empty"),
         (

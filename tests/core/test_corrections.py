@@ -9,7 +9,7 @@ from tiny_networks import Plain, build, samples
 from torch import nn
 
 from obc_deploy.capture import capture, get_tensor
-from obc_deploy.corrections import _Stream, reestimate_batch_norms
+from obc_deploy.corrections import MomentStream, reestimate_batch_norms
 from obc_deploy.data import Samples
 
 
@@ -72,7 +72,7 @@ def test_nothing_to_do_without_batch_norms():
 
 def test_moments_merge_in_any_order():
     values = torch.randn(30, 3, 2, dtype=torch.float64) * 2 + 50
-    merged = _Stream()
+    merged = MomentStream()
     for part in values.split([1, 10, 2, 17]):
         merged.add(part)
     flat = values.movedim(1, 0).reshape(3, -1)

@@ -18,14 +18,16 @@ from onnx_models import OnnxBuilder, needs_deepsparse
 from rich.console import Console
 
 from obc_deploy import native
-from obc_deploy.runtimes import onnxruntime_cpu
+from obc_deploy.runtimes import onnxruntime_cpu, sparse
 from obc_deploy.runtimes.doctor import (
     SolverInfo,
+    SparseKernelsInfo,
     diagnose,
     explain_cpu,
     render,
     try_runtime,
     try_solvers,
+    try_sparse_kernels,
 )
 from obc_deploy.runtimes.fingerprint import take_fingerprint
 from obc_deploy.runtimes.registry import RUNTIMES
@@ -53,6 +55,10 @@ def test_the_diagnosis_runs_each_runtime_and_prints() -> None:
     assert solvers["works"] == native.is_available()
     answer = f"yes, with {solvers['instruction_set']}" if solvers["works"] else "no: "
     assert f"compiled solvers │ {answer}" in re.sub(" +", " ", page.getvalue())
+    kernels = diagnosis.as_dict()["sparse_kernels"]
+    assert kernels["works"] == sparse.is_available()
+    answer = f"yes, with {kernels['instruction_set']}" if kernels["works"] else "no: "
+    assert f"sparse kernels │ {answer}" in re.sub(" +", " ", page.getvalue())
 
 
 @pytest.mark.skipif(not native.is_available(), reason="the compiled solvers are missing here")
@@ -87,6 +93,33 @@ def test_compiled_solvers_that_compute_another_thing_do_not_work(
     found = try_solvers()
     assert not found.works
     assert "wrong result" in str(found.reason)
+
+
+@pytest.mark.skipif(not sparse.is_available(), reason="the sparse kernels are missing here")
+@pytest.mark.parametrize("name", sparse.INSTRUCTION_SETS)
+def test_the_sparse_kernels_are_tried(name: str) -> None:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(sparse.use_instruction_set(name))
+        except ValueError:
+            pytest.skip(f"this processor or this build lacks {name}")
+        assert try_sparse_kernels() == SparseKernelsInfo(True, name, None)
+
+
+def test_sparse_kernels_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = sparse._Found(None, None, "not built: install [g++]")
+    monkeypatch.setattr(sparse, "_find", lambda: missing)
+    assert try_sparse_kernels() == SparseKernelsInfo(False, None, "not built: install [g++]")
+
+
+@pytest.mark.skipif(not sparse.is_available(), reason="the sparse kernels are missing here")
+def test_sparse_kernels_that_onnxruntime_cannot_load_say_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sparse, "library_path", lambda: tmp_path / "nothing.so")
+    found = try_sparse_kernels()
+    assert not found.works
+    assert "nothing.so" in str(found.reason)
 
 
 def test_a_runtime_that_cannot_run_says_why(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Families of levels: which kinds of schemes a search may choose from.
+
+    families := family ("," family)*
+    family   := kind | quant | kind "+" quant | "dense"
+    kind     := "unstructured" | "block4" | N ":" M
+
+A kind without a sparsity stands for all levels of its grid: "block4+w8a8" is 4-block sparsity at
+every level, with 8-bit weights and activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obc_deploy.database.levels import BLOCK4_LEVELS, UNSTRUCTURED_LEVELS, sparsity_grid
+from obc_deploy.errors import SchemeError
+from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Quantization, Scheme, Unstructured
+
+if TYPE_CHECKING:
+    from obc_deploy.database.outline import LayerOutline
+
+GRAMMAR = (
+    "families are e.g. 'block4+w8a8,w8a8': unstructured, block4 or N:M, alone or with '+' and a "
+    "quantization, or a quantization alone, or dense; joined by commas"
+)
+_GRIDS: dict[str, type[Unstructured] | type[Block4]] = {
+    "unstructured": Unstructured,
+    "block4": Block4,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of schemes.
+
+    Attributes:
+        kind: `Unstructured` or `Block4` for all their levels, one `NM` pattern, or None.
+        quantization: what weights and activations are stored in, or None.
+    """
+
+    kind: type[Unstructured] | type[Block4] | NM | None
+    quantization: Quantization | None
+
+    @classmethod
+    def parse(cls, text: str) -> Family:
+        """Read one family's text.
+
+        Raises:
+            SchemeError: it is no family.
+        """
+        head, plus, rest = text.strip().partition("+")
+        grid = _GRIDS.get(head.strip())
+        try:
+            if grid is not None:
+                return cls(grid, Scheme.parse(rest).quantization if plus else None)
+            scheme = Scheme.parse(text.strip())
+        except SchemeError as error:
+            raise SchemeError(f"cannot read family '{text}': {error}; {GRAMMAR}") from error
+        if isinstance(scheme.pattern, Unstructured | Block4):
+            raise SchemeError(
+                f"family '{text}' names one sparsity; leave it out ('{str(scheme).split('@')[0]}') "
+                "for all levels, or give the scheme itself with --scheme"
+            )
+        return cls(scheme.pattern, scheme.quantization)
+
+    def __str__(self) -> str:
+        names: dict[object, str] = {grid: name for name, grid in _GRIDS.items()}
+        kind = names[self.kind] if isinstance(self.kind, type) else self.kind
+        parts = [str(part) for part in (kind, self.quantization) if part is not None]
+        return "+".join(parts) or "dense"
+
+    def levels(self, outline: LayerOutline) -> tuple[Scheme, ...]:
+        """The family's schemes that a layer's shape allows, sparsest last; may be none."""
+        quantization = self.quantization
+        if quantization and quantization.group and outline.cols % quantization.group:
+            return ()
+        if self.kind is None:
+            return (Scheme(None, quantization),)
+        if isinstance(self.kind, NM):
+            fits = outline.channels % self.kind.m == 0
+            return (Scheme(self.kind, quantization),) if fits else ()
+        if self.kind is Block4:
+            if outline.channels % BLOCK_SIZE:
+                return ()
+            return tuple(Scheme(Block4(s), quantization) for s in sparsity_grid(BLOCK4_LEVELS))
+        grid = sparsity_grid(UNSTRUCTURED_LEVELS)
+        return tuple(Scheme(Unstructured(s), quantization) for s in grid)
+
+
+def as_families(families: str | Iterable[str | Family]) -> tuple[Family, ...]:
+    """Families from comma separated text, or from a list of texts and families.
+
+    Raises:
+        SchemeError: a text that is no family, or no family at all.
+    """
+    parts = families.split(",") if isinstance(families, str) else tuple(families)
+    found = [part if isinstance(part, Family) else Family.parse(part) for part in parts]
+    if not found:
+        raise SchemeError(f"no family to choose from: {GRAMMAR}")
+    return tuple(dict.fromkeys(found))

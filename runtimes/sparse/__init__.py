@@ -1,0 +1,127 @@
+"""Our sparse CPU kernels as a library of ONNX Runtime operators; OPERATORS.md says what they do.
+
+The library is built with the package where there is a C++ compiler; `why_missing` says what is
+wrong where there is none. Any host of ONNX Runtime 1.17 or later can load it, in Python so:
+
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+DOMAIN = "obc_deploy.sparse"
+DOMAIN_VERSION = 1
+DISABLE_VARIABLE = "OBC_DEPLOY_SPARSE"
+"""Set to 0 to do without the sparse kernels."""
+LIBRARY_VARIABLE = "OBC_DEPLOY_SPARSE_LIBRARY"
+"""Path of another build of the library to use, say one with sanitizers."""
+INSTRUCTIONS_VARIABLE = "OBC_DEPLOY_SPARSE_INSTRUCTIONS"
+"""Names the instruction set to use, in any host; the library reads it when it is loaded."""
+INSTRUCTION_SETS = ("portable", "avx2", "avx2_vnni", "avx512_vnni")
+"""From the slowest to the fastest; all give the same integer results."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    path: Path | None
+    library: ctypes.CDLL | None
+    why_missing: str
+
+
+def _missing(reason: str) -> _Found:
+    return _Found(None, None, reason)
+
+
+@cache
+def _find() -> _Found:
+    if os.environ.get(DISABLE_VARIABLE) == "0":
+        return _missing(f"{DISABLE_VARIABLE}=0 switches them off")
+    folder = Path(__file__).parent
+    files = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
+    other = os.environ.get(LIBRARY_VARIABLE)
+    file = Path(other) if other else next((each for each in files if each.is_file()), None)
+    if file is None:
+        return _missing(
+            "not built: install a C++17 compiler (g++ or clang++), then the package again"
+        )
+    try:
+        library = ctypes.CDLL(str(file))
+        library.obc_sparse_instruction_set.restype = ctypes.c_char_p
+        library.obc_sparse_use_instruction_set.restype = ctypes.c_int64
+        library.obc_sparse_use_instruction_set.argtypes = [ctypes.c_char_p]
+    except (OSError, AttributeError) as error:
+        fix = f"unset {LIBRARY_VARIABLE}" if other else "install the package again"
+        return _missing(f"'{file.name}' does not load ({error}): {fix}")
+    wanted = os.environ.get(INSTRUCTIONS_VARIABLE, "")
+    if wanted and library.obc_sparse_instruction_set().decode() != wanted:
+        return _missing(
+            f"{INSTRUCTIONS_VARIABLE}={wanted} does not work on this processor: unset it, or set "
+            f"it to one of {', '.join(INSTRUCTION_SETS)} that does"
+        )
+    return _Found(file, library, "")
+
+
+def _library() -> ctypes.CDLL:
+    found = _find()
+    if found.library is None:
+        raise OSError(f"the sparse kernels are missing: {found.why_missing}")
+    return found.library
+
+
+def is_available() -> bool:
+    """Whether the sparse kernels were built and load here."""
+    return _find().library is not None
+
+
+def why_missing() -> str:
+    """What keeps the sparse kernels from working, with the fix; empty where they work."""
+    return _find().why_missing
+
+
+def library_path() -> Path:
+    """The library that ONNX Runtime is to register.
+
+    Raises:
+        OSError: there is none; the message says why.
+    """
+    found = _find()
+    if found.path is None:
+        raise OSError(f"the sparse kernels are missing: {found.why_missing}")
+    return found.path
+
+
+def instruction_set() -> str:
+    """The instruction set that new sessions use: one of `INSTRUCTION_SETS`.
+
+    Raises:
+        OSError: the library is missing.
+    """
+    name: bytes = _library().obc_sparse_instruction_set()
+    return name.decode()
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Let sessions that are made meanwhile use one instruction set, for tests and comparisons.
+
+    Raises:
+        ValueError: this processor or this build lacks it.
+        OSError: the library is missing.
+    """
+    library = _library()
+    before = instruction_set()
+    if not library.obc_sparse_use_instruction_set(name.encode()):
+        raise ValueError(f"instruction set '{name}' does not work here")
+    try:
+        yield
+    finally:
+        library.obc_sparse_use_instruction_set(before.encode())

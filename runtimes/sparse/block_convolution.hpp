@@ -1,0 +1,228 @@
+// Block-sparse int8 convolution of blocked uint8 tensors: what a caller needs to know.
+//
+// A block is four consecutive input channels of one output channel at one kernel position: the four
+// products that one VNNI instruction adds up. Only blocks with a non-zero weight are stored.
+//
+//     plan = ConvolutionPlan(shape, weights, requantization, residual, instruction_set)   allocates
+//     for each tile, on any thread: plan.run(tensors, first, last, scratch)               does not
+//
+// A plan belongs to one shape of the input (it holds the weights in the order in which this shape
+// wants them); make a new one where the shape changes. Fully connected layers and MatMul are 1x1
+// convolutions of planes whose pixels are the rows: images = 1, height = 1, width = rows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace obc {
+namespace sparse {
+
+constexpr int kBlock = 4;  // input channels of a block, and bytes of a blocked tensor's pixel
+constexpr int64_t kMostPositions = 8192;  // of a kernel: what 16-bit offsets reach
+
+// A blocked tensor: uint8 [images, blocks, height + 2 border, width + 2 border, 4], contiguous. The
+// border and the spare lanes of the last block hold the zero point.
+struct BlockedShape {
+    int64_t images;
+    int64_t channels;
+    int64_t height;
+    int64_t width;
+    int64_t border;
+
+    int64_t blocks() const { return (channels + kBlock - 1) / kBlock; }
+    int64_t row_bytes() const { return (width + 2 * border) * kBlock; }
+    int64_t plane_bytes() const { return (height + 2 * border) * row_bytes(); }
+    int64_t image_bytes() const { return blocks() * plane_bytes(); }
+    int64_t bytes() const { return images * image_bytes(); }
+    int64_t offset(int64_t y, int64_t x) const {  // of a pixel within its plane
+        return (y + border) * row_bytes() + (x + border) * kBlock;
+    }
+};
+
+// At least one output pixel; kernel_height * kernel_width is at most kMostPositions.
+struct ConvolutionShape {
+    BlockedShape input;
+    int64_t out_channels;
+    int64_t out_border;
+    int64_t residual_border;  // of the residual, where there is one
+    int64_t kernel_height;
+    int64_t kernel_width;
+    int64_t stride;  // 1 or 2
+    int64_t top;     // padding: none above input.border
+    int64_t left;
+    int64_t bottom;
+    int64_t right;
+
+    BlockedShape output() const {
+        return BlockedShape{input.images, out_channels,
+                            (input.height + top + bottom - kernel_height) / stride + 1,
+                            (input.width + left + right - kernel_width) / stride + 1, out_border};
+    }
+};
+
+// The non-zero blocks of an output channel o are row_start[o] to row_start[o + 1] - 1; block_index
+// is (ky * kernel_width + kx) * input blocks + input block, ascending within an output channel.
+// Weights of channels beyond the input's last must be 0. Read by the plan's constructor alone.
+struct BlockWeights {
+    const int32_t* row_start;
+    const int32_t* block_index;
+    const int8_t* values;
+};
+
+// y = clamp(round_half_even(float(sum + bias[o]) * multiplier[o]) + zero_point, lower, upper), where
+// sum is that of weight * code: the bias has taken the input's zero point into account.
+// Copied by the plan's constructor.
+struct Requantization {
+    const int32_t* bias;
+    const float* multiplier;
+    int32_t zero_point;
+    int32_t lower;
+    int32_t upper;
+};
+
+// What is to be added to the convolution. With a residual the Requantization is the convolution's
+// own (to convolution_scale, lower 0 and upper 255 as a rule), and then
+// y = clamp(round_half_even(((y' - z') * convolution_scale + (r - residual_zero_point) *
+// residual_scale) / scale) + zero_point, lower, upper), each step rounded to float.
+struct ResidualAdd {
+    bool present;
+    float convolution_scale;
+    float residual_scale;
+    int32_t residual_zero_point;
+    float scale;
+    int32_t zero_point;
+    int32_t lower;
+    int32_t upper;
+};
+
+// Codes are rounded values plus the zero point, kept within lower and upper.
+struct CodeRange {
+    int32_t zero_point;
+    int32_t lower;
+    int32_t upper;
+};
+
+struct BlockedTensors {
+    const uint8_t* input;
+    const uint8_t* residual;  // with the output's shape but its own border; null without
+    uint8_t* output;          // every byte is written, borders and spare lanes too
+};
+
+// The output pixels of one pass of the innermost loop: rows x columns vectors.
+struct TileShape {
+    int rows;
+    int columns;
+};
+
+// Sums are rectified where all are below 2^23, and a negative one becomes the lowest code, as with a
+// ReLU. They are then added up on top of these bits, and so are floats already, 2^23 too large: one
+// fused multiply-add replaces conversion and product, and rounds as the product alone would.
+constexpr int32_t kRectifiedBits = 0x4b000000;  // of 2^23f
+
+class ConvolutionPlan;
+
+// The kernels compiled for one instruction set.
+struct ConvolutionKernels {
+    const char* name;
+    int lanes;         // pixels of a vector
+    int pixel_bytes;   // of a pixel of four channels in a packed tile
+    int sum_bytes;     // of a pixel's sum while it is being added up
+    int weight_bytes;  // of a block
+    int cache_bytes;   // of packed activations that stay close to the core
+    const TileShape* shapes;
+    int shape_count;
+    void (*run)(const ConvolutionPlan&, const BlockedTensors&, int64_t first, int64_t last,
+                void* scratch);
+};
+
+extern const ConvolutionKernels kPortableConvolution;
+#if defined(__x86_64__)
+extern const ConvolutionKernels kAvx2Convolution;        // AVX2
+extern const ConvolutionKernels kAvx2VnniConvolution;    // AVX2, AVX-VNNI
+extern const ConvolutionKernels kAvx512VnniConvolution;  // AVX-512 F, BW, DQ, VL, VNNI
+#endif
+
+// Whether this processor can run them; the last of these is the fastest.
+bool supported(const ConvolutionKernels& kernels);
+
+// The non-zero blocks of one output channel in one group of input blocks.
+struct ChannelRow {
+    int32_t channel;
+    int32_t blocks;
+};
+
+// Where the parts of the scratch memory start, in bytes.
+struct ScratchLayout {
+    int64_t sums;
+    int64_t bytes;
+    int64_t spare;
+    int64_t pixels;
+    int64_t residual;
+    int64_t pixel_runs;
+    int64_t border_runs;
+    int64_t bytes_in_all;
+};
+
+class ConvolutionPlan {
+public:
+    // Throws std::bad_alloc and nothing else; the caller has checked what is said above.
+    ConvolutionPlan(const ConvolutionShape& shape, const BlockWeights& weights,
+                    const Requantization& requantization, const ResidualAdd& residual,
+                    const ConvolutionKernels& kernels);
+
+    int64_t tiles() const { return tiles_; }
+    // Of each thread, any alignment.
+    size_t scratch_bytes() const { return static_cast<size_t>(scratch_.bytes_in_all); }
+    // Tiles first to last - 1. Tiles write disjoint bytes, in any order, at any time.
+    void run(const BlockedTensors& tensors, int64_t first, int64_t last, void* scratch) const {
+        kernels_->run(*this, tensors, first, last, scratch);
+    }
+
+    // What follows is read by the kernels.
+    ConvolutionShape shape_;
+    BlockedShape output_;
+    BlockedShape residual_shape_;
+    const ConvolutionKernels* kernels_;
+    bool flat_;        // pixels as one list (1x1), or a subtile of the plane for each lane
+    int tile_;         // index of the tile's shape
+    int64_t tiles_;
+    int64_t down_;     // subtiles of an image
+    int64_t across_;
+    // A packed tile of one input block: positions rows x columns, in the order of row_slot and
+    // column_slot (stride 2 puts even ones first), a vector each.
+    int64_t position_rows_;
+    int64_t position_columns_;
+    std::vector<int32_t> row_slot_;
+    std::vector<int32_t> column_slot_;
+    std::vector<int32_t> straight_;  // 0, 1, 2...: the slots of a residual's rows and columns
+    // Input blocks group by group: group g is group_start_[g] to group_start_[g + 1] - 1.
+    std::vector<int32_t> group_start_;
+    int64_t groups() const { return static_cast<int64_t>(group_start_.size()) - 1; }
+    // Non-zero blocks by group, then chunk of chunk_ output channels, then row. In a chunk the rows
+    // with the fewest blocks come first: a loop that runs as often as it did before is foreseen.
+    int64_t chunk_;
+    std::vector<ChannelRow> rows_;
+    std::vector<int64_t> chunk_start_;  // the first block of each
+    std::vector<uint16_t> offset_;      // in the packed tile, in units of kOffsetUnit bytes
+    std::vector<int8_t> weights_;       // 4 for each block, as wide as the kernel wants them
+    std::vector<int32_t> bias_;         // plus kRectifiedBits where sums are rectified
+    std::vector<float> multiplier_;
+    bool rectified_;
+    CodeRange range_;
+    ResidualAdd residual_;
+    int32_t zero_point_;  // of the output
+    ScratchLayout scratch_;
+
+private:
+    void order_blocks(const BlockWeights& weights);
+};
+
+constexpr float kNearHalf = 0.5f - 1.0f / 4096;  // of what a reciprocal may round to the wrong side
+constexpr int kOffsetUnit = 8;
+constexpr int kAlignment = 64;
+constexpr int kPixelRunBytes = 32;
+constexpr int kBorderRunBytes = 16;
+
+}  // namespace sparse
+}  // namespace obc

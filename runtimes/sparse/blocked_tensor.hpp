@@ -1,0 +1,67 @@
+// Blocked tensors as ONNX tensors: [N, ceil(C/4), H + 2 border, W + 2 border, 4].
+#pragma once
+
+#include <cstring>
+
+#include "block_convolution.hpp"
+#include "grids.hpp"
+
+namespace obc::sparse {
+
+inline Shape shape_of(const BlockedShape& blocked) {
+    return {blocked.images, blocked.blocks(), blocked.height + 2 * blocked.border,
+            blocked.width + 2 * blocked.border, kBlock};
+}
+
+inline BlockedShape blocked_shape(const Shape& shape, int64_t channels, int64_t border,
+                                  const char* name) {
+    const BlockedShape blocked{shape.size() == 5 ? shape[0] : 0, channels,
+                               shape.size() == 5 ? shape[2] - 2 * border : 0,
+                               shape.size() == 5 ? shape[3] - 2 * border : 0, border};
+    if (shape.size() != 5 || shape[1] != blocked.blocks() || shape[4] != kBlock || blocked.height < 1 ||
+        blocked.width < 1) {
+        refuse("input '", name, "' has shape ", shape, ", expected [N, ", blocked.blocks(), ", H + ",
+               2 * border, ", W + ", 2 * border, ", 4] for ", channels, " channels and a border of ",
+               border);
+    }
+    return blocked;
+}
+
+inline const uint8_t* pixel(const Tensor& tensor, const BlockedShape& shape, int64_t plane,
+                            int64_t y = 0, int64_t x = 0) {
+    return tensor.read<uint8_t>() + plane * shape.plane_bytes() + shape.offset(y, x);
+}
+
+inline uint8_t* writable_pixel(const Tensor& tensor, const BlockedShape& shape, int64_t plane,
+                               int64_t y = 0, int64_t x = 0) {
+    return tensor.write<uint8_t>() + plane * shape.plane_bytes() + shape.offset(y, x);
+}
+
+// Writes the zero point around one plane.
+inline void fill_border(uint8_t* plane, const BlockedShape& shape, int32_t zero_point) {
+    if (shape.border == 0) return;
+    const int64_t whole_rows = shape.border * shape.row_bytes();
+    std::memset(plane, zero_point, size_t(whole_rows));
+    std::memset(plane + shape.plane_bytes() - whole_rows, zero_point, size_t(whole_rows));
+    const size_t side = size_t(shape.border * kBlock);
+    for (int64_t y = 0; y < shape.height; ++y) {
+        uint8_t* row = plane + (y + shape.border) * shape.row_bytes();
+        std::memset(row, zero_point, side);
+        std::memset(row + side + size_t(shape.width * kBlock), zero_point, side);
+    }
+}
+
+// Writes the zero point into the lanes of a plane that no channel has.
+inline void fill_spare_lanes(uint8_t* first_pixel, const BlockedShape& shape, int64_t block,
+                             int32_t zero_point) {
+    const int64_t used = shape.channels - block * kBlock;
+    if (used >= kBlock) return;
+    for (int64_t y = 0; y < shape.height; ++y) {
+        uint8_t* row = first_pixel + y * shape.row_bytes();
+        for (int64_t x = 0; x < shape.width; ++x) {
+            std::memset(row + x * kBlock + used, zero_point, size_t(kBlock - used));
+        }
+    }
+}
+
+}  // namespace obc::sparse

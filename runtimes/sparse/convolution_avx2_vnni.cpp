@@ -1,0 +1,33 @@
+// Block-sparse convolution for AVX2 and AVX-VNNI.
+#include "block_convolution.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,avxvnni")
+#endif
+
+#define OBC_INLINE inline __attribute__((always_inline))
+#define OBC_TILE_SHAPES(SHAPE)                                                               \
+    SHAPE(1, 1) SHAPE(1, 2) SHAPE(1, 4) SHAPE(1, 7) SHAPE(1, 12) SHAPE(2, 2) SHAPE(2, 4)
+#define OBC_DPBUSD _mm256_dpbusd_avx_epi32
+
+namespace obc {
+namespace sparse {
+namespace avx2_vnni {
+#include "codes_avx2.hpp"
+#include "lanes_avx2_vnni.hpp"
+#include "convolution_kernels.hpp"
+}  // namespace avx2_vnni
+
+const ConvolutionKernels kAvx2VnniConvolution = avx2_vnni::kKernels;
+}  // namespace sparse
+}  // namespace obc
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,259 @@
+// How a convolution is cut into tiles, and its weights in the order in which they are read.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "block_convolution.hpp"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace obc {
+namespace sparse {
+
+namespace {
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of codes that wait, channel by channel, until their chunk is done: they share the first cache
+// with the packed tile.
+constexpr int64_t kChunkBytes = 8 * 1024;
+
+// Of the second cache, what stays a packed tile's own beside the weights and sums that stream through.
+constexpr double kOwnSecondCache = 48 * 1024;
+
+// What 16 bits can address.
+constexpr int64_t kMostGroupBytes = int64_t{kOffsetUnit} << 16;
+
+// Even positions first, then odd ones, where the stride is 2.
+std::vector<int32_t> slots(int64_t positions, int64_t stride) {
+    std::vector<int32_t> slot(static_cast<size_t>(positions));
+    for (int64_t p = 0; p < positions; ++p) {
+        slot[p] = static_cast<int32_t>(p % stride * ceil_divide(positions, stride) + p / stride);
+    }
+    return slot;
+}
+
+struct Geometry {
+    bool flat;
+    int64_t position_rows;
+    int64_t position_columns;
+    int64_t down;
+    int64_t across;
+    int64_t tiles;
+    int64_t block_bytes;  // of one input block in a packed tile
+    int64_t groups;
+};
+
+bool is_flat(const ConvolutionShape& shape) {
+    return shape.kernel_height == 1 && shape.kernel_width == 1 && shape.top == 0 &&
+           shape.left == 0 && shape.bottom == 0 && shape.right == 0;
+}
+
+Geometry geometry_of(const ConvolutionShape& shape, const BlockedShape& output, const TileShape& tile,
+                     const ConvolutionKernels& kernels) {
+    Geometry g = {};
+    g.flat = is_flat(shape);
+    if (g.flat) {
+        g.position_rows = 1;
+        g.position_columns = tile.columns;
+        g.tiles = ceil_divide(output.images * output.height * output.width, tile.columns * kernels.lanes);
+    } else {
+        g.position_rows = (tile.rows - 1) * shape.stride + shape.kernel_height;
+        g.position_columns = (tile.columns - 1) * shape.stride + shape.kernel_width;
+        g.down = ceil_divide(output.height, tile.rows);
+        g.across = ceil_divide(output.width, tile.columns);
+        g.tiles = ceil_divide(output.images * g.down * g.across, kernels.lanes);
+    }
+    g.block_bytes = g.position_rows * g.position_columns * kernels.lanes * kernels.pixel_bytes;
+    return g;
+}
+
+// An estimate of the cost in cycles, from the parts measured alone: a group of input blocks that stays
+// in the first cache is read faster, but each further group stores and loads all sums once more.
+double cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometry& g,
+               const ConvolutionKernels& kernels, int64_t blocks) {
+    const double vectors = tile.rows * tile.columns;
+    const double groups = static_cast<double>(g.groups);
+    const double in_blocks = static_cast<double>(shape.input.blocks());
+    const double channels = static_cast<double>(shape.out_channels);
+    const double group_bytes = in_blocks / groups * static_cast<double>(g.block_bytes);
+    const double beyond_first = std::max(0.0, 1.0 - kernels.cache_bytes / group_bytes);
+    const double beyond_second = std::max(0.0, 1.0 - kOwnSecondCache / group_bytes);
+    const double a_product = 0.62 + 0.5 * beyond_first + 0.8 * beyond_second;
+    const double accumulating = static_cast<double>(blocks) * std::max(vectors * a_product + 1.5, 3.5);
+    const double rows = channels * groups * (vectors + 14.0) + channels * (groups - 1.0) * vectors * 2.0;
+    const double requantizing = channels * vectors * (g.flat ? 4.2 : 5.7);
+    const double packing =
+        in_blocks * static_cast<double>(g.position_rows * g.position_columns) * (g.flat ? 2.0 : 5.0);
+    return static_cast<double>(g.tiles) * (accumulating + rows + requantizing + packing);
+}
+
+// See kRectifiedBits.
+bool can_be_rectified(const BlockWeights& weights, const Requantization& how, int64_t out_channels) {
+    if (how.lower < how.zero_point) return false;
+    for (int64_t o = 0; o < out_channels; ++o) {
+        double most = std::abs(static_cast<double>(how.bias[o]));
+        const int64_t end = int64_t{weights.row_start[o + 1]} * kBlock;
+        for (int64_t w = int64_t{weights.row_start[o]} * kBlock; w < end; ++w) {
+            most += 255.0 * std::abs(static_cast<int>(weights.values[w]));
+        }
+        // The multiplier times 2^23 is exact, and times the largest sum within an int32.
+        if (most >= 8388608.0 || how.multiplier[o] < 1e-30f || how.multiplier[o] > 128.0f) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+#if defined(__x86_64__)
+// Not every compiler's __builtin_cpu_supports knows its name: leaf 7, subleaf 1, bit 4 of eax.
+static bool avx_vnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
+}
+#endif
+
+bool supported(const ConvolutionKernels& kernels) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (&kernels == &kAvx512VnniConvolution) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
+    }
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (&kernels == &kAvx2Convolution) return avx2;
+    if (&kernels == &kAvx2VnniConvolution) return avx2 && avx_vnni();
+#endif
+    return true;
+}
+
+ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeights& weights,
+                                 const Requantization& requantization, const ResidualAdd& residual,
+                                 const ConvolutionKernels& kernels)
+    : shape_(shape),
+      output_(shape.output()),
+      residual_shape_(output_),
+      kernels_(&kernels),
+      range_{requantization.zero_point, requantization.lower, requantization.upper},
+      residual_(residual),
+      zero_point_(residual.present ? residual.zero_point : requantization.zero_point) {
+    residual_shape_.border = shape.residual_border;
+    const int64_t out_channels = shape.out_channels;
+    const int64_t in_blocks = shape.input.blocks();
+    const int64_t blocks = weights.row_start[out_channels];
+    Geometry best = {};
+    double least = std::numeric_limits<double>::infinity();
+    for (int t = 0; t < kernels.shape_count; ++t) {
+        const TileShape& tile = kernels.shapes[t];
+        const bool fits =
+            is_flat(shape) ? tile.rows == 1 : tile.rows <= output_.height && tile.columns <= output_.width;
+        if (!fits) continue;
+        Geometry g = geometry_of(shape, output_, tile, kernels);
+        if (g.block_bytes > kMostGroupBytes) continue;
+        // Input blocks of a group: as many as can be addressed, and as many as fit into the first cache.
+        const int64_t most = kMostGroupBytes / g.block_bytes;
+        const int64_t near = std::max<int64_t>(1, kernels.cache_bytes / g.block_bytes);
+        for (int64_t in_group = std::min(in_blocks, most);; in_group = std::max(near, in_group / 2)) {
+            g.groups = ceil_divide(in_blocks, in_group);
+            const double cost = cost_of(shape, tile, g, kernels, blocks);
+            if (cost < least) {
+                least = cost;
+                best = g;
+                tile_ = t;
+            }
+            if (in_group <= near) break;
+        }
+    }
+    const TileShape& tile = kernels.shapes[tile_];
+    flat_ = best.flat;
+    tiles_ = best.tiles;
+    down_ = best.down;
+    across_ = best.across;
+    position_rows_ = best.position_rows;
+    position_columns_ = best.position_columns;
+    row_slot_ = slots(position_rows_, flat_ ? 1 : shape.stride);
+    column_slot_ = slots(position_columns_, flat_ ? 1 : shape.stride);
+    straight_ = slots(std::max(tile.rows, tile.columns), 1);
+    for (int64_t g = 0; g <= best.groups; ++g) {
+        group_start_.push_back(static_cast<int32_t>(g * in_blocks / best.groups));
+    }
+
+    const int64_t vectors = static_cast<int64_t>(tile.rows) * tile.columns;
+    const int64_t pixels = vectors * kernels.lanes;
+    const int64_t channel_bytes = ceil_divide(vectors, 4) * 4 * kernels.lanes;
+    chunk_ = std::max<int64_t>(1, kChunkBytes / channel_bytes / kBlock) * kBlock;
+    order_blocks(weights);
+
+    bias_.assign(requantization.bias, requantization.bias + out_channels);
+    multiplier_.assign(requantization.multiplier, requantization.multiplier + out_channels);
+    rectified_ = can_be_rectified(weights, requantization, out_channels);
+    if (rectified_) {
+        for (int32_t& bias : bias_) bias += kRectifiedBits;
+    }
+
+    int64_t widest = 0;
+    for (int64_t g = 0; g < groups(); ++g) {
+        widest = std::max<int64_t>(widest, group_start_[g + 1] - group_start_[g]);
+    }
+    int64_t bytes = 0;
+    const auto reserve = [&bytes](int64_t wanted) {
+        const int64_t start = bytes;
+        bytes += ceil_divide(wanted, kAlignment) * kAlignment;
+        return start;
+    };
+    reserve(widest * position_rows_ * position_columns_ * kernels.lanes * kernels.pixel_bytes);
+    scratch_.sums = reserve(groups() == 1 ? 0 : out_channels * pixels * kernels.sum_bytes);
+    scratch_.bytes = reserve(std::min(chunk_, out_channels) * channel_bytes);
+    scratch_.spare = reserve(channel_bytes);
+    scratch_.pixels = reserve(channel_bytes * kBlock);
+    scratch_.residual = reserve(residual.present ? channel_bytes * kBlock : 0);
+    scratch_.pixel_runs = reserve(flat_ ? pixels * kPixelRunBytes : 0);
+    scratch_.border_runs = reserve(2 * pixels * kBorderRunBytes);
+    scratch_.bytes_in_all = bytes + kAlignment;
+}
+
+void ConvolutionPlan::order_blocks(const BlockWeights& weights) {
+    const int64_t out_channels = shape_.out_channels;
+    const int64_t in_blocks = shape_.input.blocks();
+    const int64_t vector_bytes = static_cast<int64_t>(kernels_->lanes) * kernels_->pixel_bytes;
+    const auto in_group = [&](int32_t index, int64_t g) {
+        return index % in_blocks >= group_start_[g] && index % in_blocks < group_start_[g + 1];
+    };
+    for (int64_t g = 0; g < groups(); ++g) {
+        for (int64_t first = 0; first < out_channels; first += chunk_) {
+            const auto chunk = static_cast<std::ptrdiff_t>(rows_.size());
+            for (int64_t o = first; o < std::min(first + chunk_, out_channels); ++o) {
+                const auto blocks = std::count_if(
+                    weights.block_index + weights.row_start[o], weights.block_index + weights.row_start[o + 1],
+                    [&](int32_t index) { return in_group(index, g); });
+                rows_.push_back(ChannelRow{static_cast<int32_t>(o), static_cast<int32_t>(blocks)});
+            }
+            std::stable_sort(rows_.begin() + chunk, rows_.end(),
+                             [](const ChannelRow& a, const ChannelRow& b) { return a.blocks < b.blocks; });
+            chunk_start_.push_back(static_cast<int64_t>(offset_.size()));
+            for (auto row = rows_.begin() + chunk; row != rows_.end(); ++row) {
+                for (int64_t b = weights.row_start[row->channel]; b < weights.row_start[row->channel + 1]; ++b) {
+                    const int32_t index = weights.block_index[b];
+                    if (!in_group(index, g)) continue;
+                    const int64_t position = index / in_blocks;
+                    const int64_t vector =
+                        ((index % in_blocks - group_start_[g]) * position_rows_ +
+                         row_slot_[position / shape_.kernel_width]) * position_columns_ +
+                        column_slot_[position % shape_.kernel_width];
+                    offset_.push_back(static_cast<uint16_t>(vector * vector_bytes / kOffsetUnit));
+                    for (int c = 0; c < kBlock; ++c) {
+                        const int8_t weight = weights.values[b * kBlock + c];
+                        weights_.push_back(weight);
+                        if (kernels_->weight_bytes == 2 * kBlock) weights_.push_back(weight < 0 ? -1 : 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace sparse
+}  // namespace obc

@@ -1,0 +1,150 @@
+// ONNX Runtime's side as C++: tensors, constants, and its thread pool.
+#pragma once
+
+#include <atomic>
+#include <new>
+#include <optional>
+#include <utility>
+
+#include "malformed.hpp"
+#include "onnxruntime_api.hpp"
+
+namespace obc::sparse {
+
+// A call of ours that the host turned down; its status goes back to it.
+struct HostRefusal {
+    ort::Status* status;
+};
+
+inline void require(ort::Status* status) {
+    if (status) throw HostRefusal{status};
+}
+
+// Whether a call worked whose failure means no more than "there is none".
+inline bool succeeded(const ort::Api& api, ort::Status* status) {
+    if (!status) return true;
+    api.release_status(status);
+    return false;
+}
+
+struct Tensor {
+    ort::ElementType type = ort::kUndefined;
+    Shape shape;
+    void* data = nullptr;
+
+    template <class T>
+    const T* read() const {
+        return static_cast<const T*>(data);
+    }
+    template <class T>
+    T* write() const {
+        return static_cast<T*>(data);
+    }
+};
+
+inline Shape dimensions(const ort::Api& api, const ort::TensorInfo* info) {
+    size_t rank = 0;
+    require(api.get_dimensions_count(info, &rank));
+    Shape shape(rank);
+    if (rank) require(api.get_dimensions(info, shape.data(), rank));
+    return shape;
+}
+
+inline Tensor tensor(const ort::Api& api, const ort::Value* value) {
+    struct Info {
+        const ort::Api& api;
+        ort::TensorInfo* info = nullptr;
+        ~Info() {
+            if (info) api.release_tensor_info(info);
+        }
+    } owner{api};
+    require(api.get_tensor_info(value, &owner.info));
+    int type = ort::kUndefined;
+    require(api.get_element_type(owner.info, &type));
+    Tensor result;
+    result.type = ort::ElementType(type);
+    result.shape = dimensions(api, owner.info);
+    require(api.get_tensor_mutable_data(const_cast<ort::Value*>(value), &result.data));
+    return result;
+}
+
+// Inputs that are the same in each run: initializers.
+class Constants {
+  public:
+    Constants(const ort::Api& api, const ort::KernelInfo* info) : api_(api), info_(info) {}
+
+    std::optional<Tensor> find(size_t index) const {
+        int is_constant = 0;
+        const ort::Value* value = nullptr;
+        if (!succeeded(api_, api_.kernel_info_get_constant_input(info_, index, &is_constant, &value)) ||
+            !is_constant || !value) {
+            return std::nullopt;
+        }
+        return tensor(api_, value);
+    }
+
+    Tensor get(size_t index, const char* name) const {
+        std::optional<Tensor> found = find(index);
+        if (!found)
+            refuse("input ", index, " '", name, "' is missing or computed, expected an initializer");
+        return *std::move(found);
+    }
+
+  private:
+    const ort::Api& api_;
+    const ort::KernelInfo* info_;
+};
+
+// One run of one operator.
+class Run {
+  public:
+    Run(const ort::Api& api, ort::KernelContext* context) : api_(api), context_(context) {
+        size_t count = 0;
+        require(api.kernel_context_get_input_count(context, &count));
+        inputs_.reserve(count);
+        for (size_t i = 0; i < count; ++i) {
+            const ort::Value* value = nullptr;
+            require(api.kernel_context_get_input(context, i, &value));
+            inputs_.push_back(value ? tensor(api, value) : Tensor{});
+        }
+    }
+
+    const std::vector<Tensor>& inputs() const { return inputs_; }
+    const Tensor& input(size_t index) const { return inputs_[index]; }
+    bool has(size_t index) const {
+        return index < inputs_.size() && inputs_[index].type != ort::kUndefined;
+    }
+
+    Tensor output(const Shape& shape) const {
+        ort::Value* value = nullptr;
+        require(api_.kernel_context_get_output(context_, 0, shape.data(), shape.size(), &value));
+        return tensor(api_, value);
+    }
+
+    // Calls body(0) to body(total - 1), spread over the session's own threads.
+    template <class Body>
+    void parallel(int64_t total, const Body& body) const {
+        if (total <= 0) return;
+        struct Shared {
+            const Body& body;
+            std::atomic<bool> failed{false};
+        } shared{body};
+        const auto one = [](void* user, size_t index) {
+            Shared& mine = *static_cast<Shared*>(user);
+            try {
+                mine.body(int64_t(index));
+            } catch (...) {  // nothing but memory can run out in there
+                mine.failed = true;
+            }
+        };
+        require(api_.kernel_context_parallel_for(context_, one, size_t(total), 0, &shared));
+        if (shared.failed) throw std::bad_alloc();
+    }
+
+  private:
+    const ort::Api& api_;
+    ort::KernelContext* context_;
+    std::vector<Tensor> inputs_;
+};
+
+}  // namespace obc::sparse

@@ -1,0 +1,175 @@
+// Sixteen pixels at a time, with AVX512-VNNI (see convolution_kernels.hpp).
+
+// How codes move between blocked tensors and vectors of one pixel a lane.
+struct Codes {
+    static constexpr int kLanes = 16;
+    static constexpr int kBytes = 4;
+
+    static OBC_INLINE void pack_one(uint8_t* to, const uint8_t* from) { __builtin_memcpy(to, from, 4); }
+
+    // Pixels in a row, to a packed tile and back.
+    static OBC_INLINE void pack_run(uint8_t* to, const uint8_t* from, int64_t pixels) {
+        for (; pixels >= kLanes; pixels -= kLanes, to += 64, from += 64) {
+            _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+        }
+        if (pixels) {
+            const __mmask16 some = static_cast<__mmask16>((1u << pixels) - 1);
+            _mm512_mask_storeu_epi32(to, some, _mm512_maskz_loadu_epi32(some, from));
+        }
+    }
+    static OBC_INLINE void pack_every_second(uint8_t* to, const uint8_t* from, int64_t pixels) {
+        const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+        for (; pixels > 0; pixels -= kLanes, to += 64, from += 128) {
+            const int64_t here = pixels < kLanes ? pixels : kLanes;
+            const uint32_t some = 0xffffffffu >> (33 - 2 * here);  // the last odd one may not be there
+            const __m512i low = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(some), from);
+            const __m512i high = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(some >> 16), from + 64);
+            _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << here) - 1),
+                                     _mm512_permutex2var_epi32(low, even, high));
+        }
+    }
+    static OBC_INLINE void unpack_run(uint8_t* to, const uint8_t* from, int64_t pixels) {
+        pack_run(to, from, pixels);
+    }
+
+    // Columns of lanes: four neighbouring pixels of each lane <-> four vectors, one pixel of each lane.
+    static OBC_INLINE __m512i quarters(const uint8_t* const* lanes, int64_t offset) {
+        __m512i all = _mm512_castsi128_si512(load_pixels(lanes[0] + offset));
+        all = _mm512_inserti32x4(all, load_pixels(lanes[4] + offset), 1);
+        all = _mm512_inserti32x4(all, load_pixels(lanes[8] + offset), 2);
+        return _mm512_inserti32x4(all, load_pixels(lanes[12] + offset), 3);
+    }
+    static OBC_INLINE __m128i load_pixels(const uint8_t* from) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    }
+    static OBC_INLINE void store_pixels(uint8_t* to, __m128i pixels) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pixels);
+    }
+    static OBC_INLINE void transpose(__m512i& a, __m512i& b, __m512i& c, __m512i& d) {
+        const __m512i ab_low = _mm512_unpacklo_epi32(a, b);
+        const __m512i ab_high = _mm512_unpackhi_epi32(a, b);
+        const __m512i cd_low = _mm512_unpacklo_epi32(c, d);
+        const __m512i cd_high = _mm512_unpackhi_epi32(c, d);
+        a = _mm512_unpacklo_epi64(ab_low, cd_low);
+        b = _mm512_unpackhi_epi64(ab_low, cd_low);
+        c = _mm512_unpacklo_epi64(ab_high, cd_high);
+        d = _mm512_unpackhi_epi64(ab_high, cd_high);
+    }
+    static OBC_INLINE void pack_four(uint8_t* const* to, const uint8_t* const* lanes, int64_t offset) {
+        __m512i a = quarters(lanes, offset);
+        __m512i b = quarters(lanes + 1, offset);
+        __m512i c = quarters(lanes + 2, offset);
+        __m512i d = quarters(lanes + 3, offset);
+        transpose(a, b, c, d);
+        _mm512_store_si512(to[0], a);
+        _mm512_store_si512(to[1], b);
+        _mm512_store_si512(to[2], c);
+        _mm512_store_si512(to[3], d);
+    }
+    static OBC_INLINE void unpack_four(uint8_t* const* lanes, int64_t offset, const uint8_t* from) {
+        __m512i quarter[4] = {_mm512_load_si512(from), _mm512_load_si512(from + 64),
+                              _mm512_load_si512(from + 128), _mm512_load_si512(from + 192)};
+        transpose(quarter[0], quarter[1], quarter[2], quarter[3]);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+            store_pixels(lanes[k] + offset, _mm512_castsi512_si128(quarter[k]));
+            store_pixels(lanes[4 + k] + offset, _mm512_extracti32x4_epi32(quarter[k], 1));
+            store_pixels(lanes[8 + k] + offset, _mm512_extracti32x4_epi32(quarter[k], 2));
+            store_pixels(lanes[12 + k] + offset, _mm512_extracti32x4_epi32(quarter[k], 3));
+        }
+    }
+};
+
+typedef Codes TilePixels;
+
+// The steps from sums to codes.
+struct Arithmetic {
+    typedef __m512 Floats;
+    typedef __m512i Integers;
+    typedef __m512i Packed;  // bytes
+
+    static OBC_INLINE Floats all(float value) { return _mm512_set1_ps(value); }
+    static OBC_INLINE Floats floats(Integers from) { return _mm512_cvtepi32_ps(from); }
+    static OBC_INLINE Floats product(Floats a, Floats b) {
+        Floats value = _mm512_mul_ps(a, b);
+        __asm__("" : "+v"(value));  // rounded here: no fused multiply-add may be made of it
+        return value;
+    }
+    static OBC_INLINE Floats sum(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static OBC_INLINE Floats difference(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+    static OBC_INLINE Floats quotient(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+    static OBC_INLINE Floats at_most(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+    // (sum - 2^23) * multiplier of what are the bits of a float; offset is -2^23 * multiplier.
+    static OBC_INLINE Floats rectified(Integers sums, Floats multiplier, Floats offset) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(sums), multiplier, offset);
+    }
+    static OBC_INLINE Integers rounded(Floats value) { return _mm512_cvtps_epi32(value); }
+
+    // Whether any value is within 2^-12 of where rounding changes from the integer it was rounded to.
+    static OBC_INLINE bool any_near_half(Floats value, Integers rounded) {
+        const __m512 away = _mm512_abs_ps(_mm512_sub_ps(value, _mm512_cvtepi32_ps(rounded)));
+        return _mm512_cmp_ps_mask(away, _mm512_set1_ps(kNearHalf), _CMP_GT_OQ) != 0;
+    }
+
+    // Codes of four vectors: in each 16 bytes four of a, four of b, four of c, four of d.
+    template <bool kWholeRange>
+    static OBC_INLINE Packed narrowed(Integers a, Integers b, Integers c, Integers d, const CodeRange& range) {
+        __m512i ab = _mm512_packs_epi32(a, b);
+        __m512i cd = _mm512_packs_epi32(c, d);
+        if (kWholeRange) return _mm512_packus_epi16(ab, cd);
+        const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(range.zero_point));
+        ab = _mm512_adds_epi16(ab, zero_point);
+        cd = _mm512_adds_epi16(cd, zero_point);
+        const Packed raised =
+            _mm512_max_epu8(_mm512_packus_epi16(ab, cd), _mm512_set1_epi8(static_cast<char>(range.lower)));
+        return _mm512_min_epu8(raised, _mm512_set1_epi8(static_cast<char>(range.upper)));
+    }
+    // Four vectors of pixels of the codes that `narrowed` left of four channels.
+    static OBC_INLINE void interleave(const uint8_t* const* channels, uint8_t* to) {
+        const Packed a = load(channels[0]), b = load(channels[1]);
+        const Packed c = load(channels[2]), d = load(channels[3]);
+        const Packed ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+        const Packed cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+        store(to, _mm512_unpacklo_epi16(ab_low, cd_low));
+        store(to + 64, _mm512_unpackhi_epi16(ab_low, cd_low));
+        store(to + 128, _mm512_unpacklo_epi16(ab_high, cd_high));
+        store(to + 192, _mm512_unpackhi_epi16(ab_high, cd_high));
+    }
+    // One channel of a vector of pixels, and back from all four.
+    static OBC_INLINE Floats channel(Packed pixels, int channel) {
+        const __m512i moved = _mm512_srli_epi32(pixels, static_cast<unsigned>(8 * channel));
+        return floats(_mm512_and_si512(moved, _mm512_set1_epi32(255)));
+    }
+    static OBC_INLINE Packed pixels(const Integers* channels, const CodeRange& range) {
+        const Packed by_channel = narrowed<false>(channels[0], channels[1], channels[2], channels[3], range);
+        return _mm512_shuffle_epi8(by_channel, _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400));
+    }
+    static OBC_INLINE Packed load(const uint8_t* from) { return _mm512_load_si512(from); }
+    static OBC_INLINE void store(uint8_t* to, Packed packed) { _mm512_store_si512(to, packed); }
+};
+
+struct Lanes {
+    static constexpr const char* kName = "avx512-vnni";
+    static constexpr int kPixels = 16;
+    static constexpr int kPixelBytes = TilePixels::kBytes;
+    static constexpr int kWeightBytes = 4;
+    static constexpr int kSumBytes = 4;
+    static constexpr int kCacheBytes = 24 * 1024;
+
+    typedef __m512i Sums;
+    typedef __m512i Weights;
+
+    static OBC_INLINE Sums start(int32_t bias) { return _mm512_set1_epi32(bias); }
+    static OBC_INLINE Sums load(const void* from) { return _mm512_load_si512(from); }
+    static OBC_INLINE void store(void* to, Sums sums) { _mm512_store_si512(to, sums); }
+    static OBC_INLINE Weights weights(const int8_t* block) {
+        int32_t four;
+        __builtin_memcpy(&four, block, 4);
+        return _mm512_set1_epi32(four);
+    }
+    static OBC_INLINE Sums add_products(Sums sums, const uint8_t* pixels, Weights weights) {
+        return _mm512_dpbusd_epi32(sums, _mm512_load_si512(pixels), weights);
+    }
+    static OBC_INLINE Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
+    static OBC_INLINE Arithmetic::Integers whole(Sums sums) { return sums; }
+};

@@ -1,0 +1,62 @@
+// MaxPool of a blocked tensor: rows of a window first, then its columns.
+#pragma once
+
+#include "pooling.hpp"
+
+namespace obc::sparse {
+
+class MaxPool {
+  public:
+    static constexpr const char* kName = "MaxPool";
+    static constexpr Input kInputs[] = {{"x", ort::kUint8, Kind::kEachRun}};
+    static constexpr ort::ElementType kOutput = ort::kUint8;
+
+    struct Options : WindowPoolOptions {
+        int32_t zero_point;
+        explicit Options(const Attributes& attributes)
+            : WindowPoolOptions(attributes),
+              zero_point(int32_t(attributes.integer("zero_point", kCodes))) {}
+    };
+
+    MaxPool(const Options& options, const Constants&) : options_(options), set_(instruction_set()) {}
+
+    void run(const Run& run, const Tensor& output) const {
+        const BlockedShape x = options_.input(run.input(0).shape), y = options_.output(x);
+        const Windows& windows = options_.windows;
+        // A row of column maxima, with padding that is smaller than all; and the maxima of windows
+        // that begin at each pixel, of which the strides take some.
+        const int64_t positions = (y.width - 1) * windows.horizontal + 1;
+        const int64_t padded = positions + windows.width - 1;
+        run.parallel(y.images * y.blocks(), [&](int64_t plane) {
+            const ScratchPool::Piece scratch = scratch_.borrow(size_t((padded + positions) * kBlock));
+            uint8_t* columns = scratch.as<uint8_t>();
+            uint8_t* maxima = columns + padded * kBlock;
+            fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y, options_.zero_point);
+            const int64_t inside = std::min(x.width, padded - windows.left);
+            for (int64_t row = 0; row < y.height; ++row) {
+                const Span span =
+                    window_span(row, windows.vertical, windows.top, windows.height, x.height);
+                std::memset(columns, 0, size_t(padded * kBlock));
+                for (int64_t from = span.first; from < span.last; ++from) {
+                    set_.keep_larger(pixel(run.input(0), x, plane, from), inside * kBlock,
+                                     columns + windows.left * kBlock);
+                }
+                std::memcpy(maxima, columns, size_t(positions * kBlock));
+                for (int64_t kx = 1; kx < windows.width; ++kx) {
+                    set_.keep_larger(columns + kx * kBlock, positions * kBlock, maxima);
+                }
+                set_.take_pixels(maxima, windows.horizontal, y.width,
+                                 writable_pixel(output, y, plane, row));
+            }
+            fill_spare_lanes(writable_pixel(output, y, plane), y, plane % y.blocks(),
+                             options_.zero_point);
+        });
+    }
+
+  private:
+    Options options_;
+    const InstructionSet& set_;
+    mutable ScratchPool scratch_;
+};
+
+}  // namespace obc::sparse

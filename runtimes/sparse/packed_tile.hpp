@@ -1,0 +1,86 @@
+// A tile's pixels between blocked tensors and aligned vectors (included once for each set).
+//
+// Two ways to give pixels to lanes. Flat (1x1 kernels): the output's pixels are one list, a vector the
+// next kPixels of it. Subtiles: each lane has a small rectangle of the output of its own, and a vector
+// holds the same position of all lanes' rectangles; so a shift by a kernel position is another
+// vector, and no load is ever unaligned.
+
+struct PixelRun {  // flat: neighbouring pixels in all tensors
+    int64_t input;  // bytes from the tensor's start, in its first block
+    int64_t output;
+    int64_t residual;
+    int32_t position;  // in the tile's list
+    int32_t pixels;
+};
+
+struct BorderRun {  // pixels of the output's border that fall to this tile
+    int64_t output;
+    int64_t pixels;
+};
+
+static_assert(sizeof(PixelRun) == kPixelRunBytes && sizeof(BorderRun) == kBorderRunBytes, "scratch");
+
+struct Subtiles {
+    const uint8_t* input[Lanes::kPixels];
+    const uint8_t* residual[Lanes::kPixels];
+    uint8_t* output[Lanes::kPixels];
+    int32_t rows_before[Lanes::kPixels];  // that belong to the subtile above, and are not written again
+    int32_t columns_before[Lanes::kPixels];
+    bool whole;  // no lane leaves anything to another
+};
+
+// One position of a vector a time where the rows are too short for four.
+template <class Pixels>
+static void pack_subtiles(uint8_t* to, const uint8_t* const* lanes, int64_t offset, int64_t row_bytes,
+                          const int32_t* row_slot, int64_t rows, const int32_t* column_slot,
+                          int64_t columns, int64_t slots) {
+    constexpr int kBytes = Lanes::kPixels * Pixels::kBytes;
+    for (int64_t row = 0; row < rows; ++row, offset += row_bytes) {
+        uint8_t* const start = to + row_slot[row] * slots * kBytes;
+        if (columns < 4) {
+            for (int64_t column = 0; column < columns; ++column) {
+                uint8_t* const vector = start + column_slot[column] * kBytes;
+                for (int lane = 0; lane < Lanes::kPixels; ++lane) {
+                    Pixels::pack_one(vector + lane * Pixels::kBytes, lanes[lane] + offset + column * kBlock);
+                }
+            }
+            continue;
+        }
+        for (int64_t column = 0;;) {
+            uint8_t* const vectors[4] = {
+                start + column_slot[column] * kBytes, start + column_slot[column + 1] * kBytes,
+                start + column_slot[column + 2] * kBytes, start + column_slot[column + 3] * kBytes};
+            Pixels::pack_four(vectors, lanes, offset + column * kBlock);
+            if (column == columns - 4) break;
+            column = column + 8 <= columns ? column + 4 : columns - 4;
+        }
+    }
+}
+
+// A row's columns four at a time; the last four may overlap those before.
+static OBC_INLINE int next_four(int column, int columns) { return column + 8 <= columns ? column + 4 : columns - 4; }
+
+static void unpack_subtiles(const Subtiles& subtiles, int64_t offset, int64_t row_bytes, int rows,
+                            int columns, const uint8_t* from) {
+    constexpr int kCodeBytes = Lanes::kPixels * kBlock;
+    for (int row = 0; row < rows; ++row, offset += row_bytes, from += columns * kCodeBytes) {
+        for (int column = 0; columns >= 4 && subtiles.whole; column = next_four(column, columns)) {
+            Codes::unpack_four(subtiles.output, offset + column * kBlock, from + column * kCodeBytes);
+            if (column == columns - 4) break;
+        }
+        if (columns >= 4 && subtiles.whole) continue;
+        for (int lane = 0; lane < Lanes::kPixels; ++lane) {
+            if (row < subtiles.rows_before[lane]) continue;
+            const int first = subtiles.columns_before[lane];
+            const uint8_t* const pixels = from + lane * kBlock;
+            uint8_t* const to = subtiles.output[lane] + offset;
+            for (int column = first; column < columns; ++column) {
+                __builtin_memcpy(to + column * kBlock, pixels + column * kCodeBytes, kBlock);
+            }
+        }
+    }
+}
+
+static OBC_INLINE void fill_border(uint8_t* to, int64_t pixels, uint32_t code) {
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) __builtin_memcpy(to + pixel * kBlock, &code, kBlock);
+}

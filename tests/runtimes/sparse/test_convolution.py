@@ -1,0 +1,289 @@
+"""SparseConvolution and DepthwiseConvolution against ONNX Runtime's QLinearConv, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from blocked_cases import (
+    BORDERS,
+    CHANNELS,
+    CODES,
+    IMAGES,
+    QUICK,
+    SCALES,
+    SETS,
+    THREADS,
+    Image,
+    from_blocks,
+    scales,
+    to_blocks,
+)
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from sparse_models import INT8, UINT8, Graph, block_sparse, blocks_of
+
+from obc_deploy.runtimes import sparse
+
+pytestmark = pytest.mark.skipif(not sparse.is_available(), reason=sparse.why_missing())
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A kernel's size, strides, and pads [top, left, bottom, right]."""
+
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    pads: tuple[int, int, int, int]
+
+    def fits(self, image: Image) -> bool:
+        top, left, bottom, right = self.pads
+        return (
+            image.height + top + bottom >= self.kernel[0]
+            and image.width + left + right >= self.kernel[1]
+        )
+
+    def attributes(self) -> dict[str, Any]:
+        return {"strides": list(self.strides), "pads": list(self.pads)}
+
+
+@st.composite
+def windows(draw, border: int, *, equal_strides: bool):
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 2), (2, 2)]))
+    stride = draw(st.sampled_from([1, 2]))
+    other = stride if equal_strides else draw(st.sampled_from([1, 2]))
+    pads = [draw(st.integers(0, border)) for _ in range(4)]
+    return Windows(kernel, (stride, other), tuple(pads))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Everything about a quantized convolution but its weights and geometry."""
+
+    input_scale: float
+    input_zero_point: int
+    output_scale: float
+    output_zero_point: int
+    one_weight_scale: bool
+    with_bias: bool
+
+    def attributes(self) -> dict[str, Any]:
+        return {
+            "input_scale": self.input_scale,
+            "input_zero_point": self.input_zero_point,
+            "output_scale": self.output_scale,
+            "output_zero_point": self.output_zero_point,
+        }
+
+    def weight_scale(self, random: np.random.Generator, outputs: int) -> np.ndarray:
+        count = 1 if self.one_weight_scale else outputs
+        return random.uniform(1e-3, 1e-2, count).astype(np.float32)
+
+    def bias(self, random: np.random.Generator, outputs: int) -> np.ndarray | None:
+        return random.integers(-20000, 20000, outputs).astype(np.int32) if self.with_bias else None
+
+
+QUANTIZED = st.builds(Quantized, SCALES, CODES, scales(0.02), CODES, st.booleans(), st.booleans())
+
+
+def reference(
+    graph: Graph, x: str, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray | None,
+    how: Quantized, where: Windows, group: int = 1,
+) -> str:  # fmt: skip
+    """The same convolution as a QLinearConv."""
+    scale = np.broadcast_to(scale, weight.shape[:1])
+    inputs = [
+        x,
+        graph.constant(how.input_scale, np.float32),
+        graph.constant(how.input_zero_point, np.uint8),
+        graph.constant(weight),
+        graph.constant(scale, np.float32),
+        graph.constant(np.zeros(len(weight), np.int8)),
+        graph.constant(how.output_scale, np.float32),
+        graph.constant(how.output_zero_point, np.uint8),
+    ]
+    inputs += [] if bias is None else [graph.constant(bias)]
+    return graph.add(
+        "QLinearConv", inputs, kernel_shape=list(where.kernel), group=group, **where.attributes()
+    )
+
+
+def sparse_convolution(
+    graph: Graph, x: str, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray | None,
+    residual: str = "", **attributes: Any,
+) -> str:  # fmt: skip
+    inputs = [x, *(graph.constant(part) for part in blocks_of(weight)), graph.constant(scale)]
+    inputs += ["" if bias is None else graph.constant(bias), residual]
+    while not inputs[-1]:
+        inputs.pop()
+    attributes = {"kernel_shape": list(weight.shape[2:]), **attributes}
+    return graph.sparse("SparseConvolution", inputs, channels=weight.shape[1], **attributes)
+
+
+@QUICK
+@given(
+    st.data(), IMAGES, CHANNELS, BORDERS, BORDERS, QUANTIZED,
+    st.sampled_from([0.0, 0.1, 0.5, 1.0]), SETS, THREADS,
+)  # fmt: skip
+def test_sparse_convolution_equals_qlinearconv(
+    data, image, outputs, input_border, border, how, density, instructions, threads
+):
+    where = data.draw(windows(input_border, equal_strides=True))
+    assume(where.fits(image))
+    random = image.random()
+    weight = block_sparse(random, outputs, image.channels, *where.kernel, density)
+    scale, bias = how.weight_scale(random, outputs), how.bias(random, outputs)
+    graph = Graph()
+    x, codes = graph.input("x", image.codes()), image.codes()
+    expected = reference(graph, x, weight, scale, bias, how, where)
+    blocked = graph.input("blocked", to_blocks(codes, input_border, how.input_zero_point))
+    found = sparse_convolution(
+        graph, blocked, weight, scale, bias,
+        input_border=input_border, border=border, **how.attributes(), **where.attributes(),
+    )  # fmt: skip
+    feeds = {"x": codes, "blocked": to_blocks(codes, input_border, how.input_zero_point)}
+    with sparse.use_instruction_set(instructions):
+        wanted, made = graph.run(feeds, {expected: UINT8, found: UINT8}, threads)
+    np.testing.assert_array_equal(from_blocks(made, outputs, border, how.output_zero_point), wanted)
+
+
+@QUICK
+@given(
+    st.data(), IMAGES, CHANNELS, BORDERS, BORDERS, QUANTIZED, SCALES, CODES, SCALES, CODES,
+    st.tuples(CODES, CODES).map(sorted), SETS, THREADS,
+)  # fmt: skip
+def test_residual_and_bounds_equal_the_separate_operators(
+    data, image, outputs, border, residual_border, how, residual_scale, residual_zero,
+    scale, zero, bounds, instructions, threads,
+):  # fmt: skip
+    where = data.draw(windows(border, equal_strides=True))
+    assume(where.fits(image))
+    random = image.random()
+    weight = block_sparse(random, outputs, image.channels, *where.kernel, 0.4)
+    weight_scale, bias = how.weight_scale(random, outputs), how.bias(random, outputs)
+    codes = image.codes()
+    graph = Graph()
+    graph.input("x", codes)
+    convolved = reference(graph, "x", weight, weight_scale, bias, how, where)
+    (shape,) = (each.shape for each in graph.run({"x": codes}, {convolved: UINT8}))
+    other = random.integers(0, 256, shape).astype(np.uint8)
+    graph.input("other", other)
+    terms = []
+    for name, (s, z) in {
+        convolved: (how.output_scale, how.output_zero_point),
+        "other": (residual_scale, residual_zero),
+    }.items():
+        grid = [graph.constant(s, np.float32), graph.constant(z, np.uint8)]
+        terms.append(graph.add("DequantizeLinear", [name, *grid]))
+    total = graph.add("Add", terms)
+    grid = [graph.constant(scale, np.float32), graph.constant(zero, np.uint8)]
+    rounded = graph.add("QuantizeLinear", [total, *grid])
+    limits = [graph.constant(bound, np.uint8) for bound in bounds]
+    expected = graph.add("Clip", [rounded, *limits])
+    feeds = {
+        "x": codes,
+        "other": other,
+        "blocked": to_blocks(codes, border, how.input_zero_point),
+        "residual": to_blocks(other, residual_border, residual_zero),
+    }
+    graph.input("blocked", feeds["blocked"])
+    graph.input("residual", feeds["residual"])
+    found = sparse_convolution(
+        graph, "blocked", weight, weight_scale, bias, "residual", **where.attributes(),
+        input_border=border, border=border, residual_border=residual_border,
+        input_scale=how.input_scale, input_zero_point=how.input_zero_point,
+        convolution_scale=how.output_scale, convolution_zero_point=how.output_zero_point,
+        residual_scale=residual_scale, residual_zero_point=residual_zero,
+        output_scale=scale, output_zero_point=zero, lower=bounds[0], upper=bounds[1],
+    )  # fmt: skip
+    with sparse.use_instruction_set(instructions):
+        wanted, made = graph.run(feeds, {expected: UINT8, found: UINT8}, threads, optimize=False)
+    np.testing.assert_array_equal(from_blocks(made, outputs, border, zero), wanted)
+
+
+@QUICK
+@given(st.data(), IMAGES, BORDERS, BORDERS, QUANTIZED, SETS, THREADS)
+def test_depthwise_convolution_equals_qlinearconv(
+    data, image, input_border, border, how, instructions, threads
+):
+    where = data.draw(windows(input_border, equal_strides=False))
+    assume(where.fits(image))
+    random, channels = image.random(), image.channels
+    weight = block_sparse(random, channels, 1, *where.kernel, 1.0)
+    scale, bias = how.weight_scale(random, channels), how.bias(random, channels)
+    codes = image.codes()
+    graph = Graph()
+    graph.input("x", codes)
+    expected = reference(graph, "x", weight, scale, bias, how, where, group=channels)
+    feeds = {"x": codes, "blocked": to_blocks(codes, input_border, how.input_zero_point)}
+    graph.input("blocked", feeds["blocked"])
+    inputs = ["blocked", graph.constant(weight), graph.constant(scale)]
+    inputs += [] if bias is None else [graph.constant(bias)]
+    found = graph.sparse(
+        "DepthwiseConvolution", inputs, channels=channels, input_border=input_border,
+        border=border, **how.attributes(), **where.attributes(),
+    )  # fmt: skip
+    with sparse.use_instruction_set(instructions):
+        wanted, made = graph.run(feeds, {expected: UINT8, found: UINT8}, threads)
+    np.testing.assert_array_equal(
+        from_blocks(made, channels, border, how.output_zero_point), wanted
+    )
+
+
+@pytest.mark.parametrize("instructions", sparse.INSTRUCTION_SETS)
+def test_largest_weights_and_codes_do_not_saturate(instructions):
+    # Pairs of 255 * 127 exceed 16 bits, where some instruction sets add up.
+    weight = np.full((4, 64, 1, 1), 127, np.int8)
+    weight[1] = weight[3] = -128
+    codes = np.full((1, 64, 5, 5), 255, np.uint8)
+    graph = Graph()
+    graph.input("blocked", to_blocks(codes, 0, 0))
+    scale = np.float32([1, 1, 2**-15, 2**-15])
+    found = sparse_convolution(
+        graph, "blocked", weight, scale, None, input_scale=1.0, input_zero_point=0,
+        output_scale=8192.0, output_zero_point=128,
+    )  # fmt: skip
+    try:
+        with sparse.use_instruction_set(instructions):
+            (made,) = graph.run({"blocked": to_blocks(codes, 0, 0)}, {found: UINT8})
+    except ValueError:
+        pytest.skip(f"no {instructions} here")
+    sums = np.array([255 * 127 * 64, -255 * 128 * 64, 255 * 127 * 64, -255 * 128 * 64])
+    wanted = np.clip(np.rint(sums * scale / 8192) + 128, 0, 255)
+    np.testing.assert_array_equal(from_blocks(made, 4, 0, 128)[0, :, 2, 3], wanted)
+
+
+def test_shapes_may_change_from_run_to_run_and_are_inferred():
+    random = np.random.default_rng(0)
+    weight = block_sparse(random, 8, 8, 3, 3, 0.5)
+    scale = np.full(8, 0.01, np.float32)
+    graph = Graph()
+    codes = random.integers(0, 256, (1, 8, 6, 5)).astype(np.uint8)
+    graph.input("x", codes, ["N", 8, 6, 5])
+    how = Quantized(0.02, 3, 0.1, 128, True, False)
+    where = Windows((3, 3), (1, 1), (1, 1, 1, 1))
+    expected = reference(graph, "x", weight, scale, None, how, where)
+    blocked = graph.sparse("ToBlocks", ["x"], border=1, zero_point=3)
+    convolved = sparse_convolution(
+        graph, blocked, weight, scale, None, input_border=1, **how.attributes(),
+        **where.attributes(),
+    )  # fmt: skip
+    plain = graph.sparse("FromBlocks", [convolved], channels=8)
+    session = graph.session({expected: UINT8, plain: UINT8})
+    assert [out.shape[1:] for out in session.get_outputs()] == [[8, 6, 5], [8, 6, 5]]
+    for images in (1, 4, 2, 1, 5, 3, 6, 4):
+        codes = random.integers(0, 256, (images, 8, 6, 5)).astype(np.uint8)
+        wanted, made = session.run(None, {"x": codes})
+        np.testing.assert_array_equal(made, wanted)
+
+
+def test_weights_are_int8_in_the_file():
+    values, index, starts = blocks_of(np.ones((2, 5, 1, 1), np.int8))
+    assert (values.dtype, index.tolist(), starts.tolist()) == (np.int8, [0, 1, 0, 1], [0, 2, 4])
+    assert values.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]] * 2
+    graph = Graph()
+    assert graph.constants == []
+    graph.constant(values)
+    assert graph.constants[0].data_type == INT8
