@@ -198,6 +198,7 @@ def plot_curve(path: Path, curve: Curve) -> None:
         "plan": {"marker": "o", "color": "#1b6ca8", "label": "planned for a budget"},
         "uniform": {"marker": "s", "color": "#b3541e", "label": "one scheme for all layers"},
     }
+    drawn = False
     for kind, style in styles.items():
         points = [
             (point.measured, 100.0 * point.accuracy, point.name)
@@ -206,6 +207,7 @@ def plot_curve(path: Path, curve: Curve) -> None:
         ]
         if not points:
             continue
+        drawn = True
         points.sort()
         axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=1.2, **style)
         for x, y, name in points:
@@ -215,7 +217,7 @@ def plot_curve(path: Path, curve: Curve) -> None:
     axes.set_xlabel(f"measured speedup over dense fp32 ({curve.target})")
     axes.set_ylabel("top-1 accuracy, %")
     axes.grid(alpha=0.25)
-    if axes.lines:
+    if drawn:
         axes.legend(fontsize=8)
     figure.savefig(path)
     pyplot.close(figure)
