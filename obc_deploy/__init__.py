@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from obc_deploy.data import Samples as Samples
     from obc_deploy.data import load_samples as load_samples
     from obc_deploy.models import load_model as load_model
+    from obc_deploy.planning import PlanSettings as PlanSettings
     from obc_deploy.run_directory import load_run as load  # noqa: F401
     from obc_deploy.schemes import Scheme as Scheme
     from obc_deploy.solvers import solve as solve
@@ -38,6 +39,7 @@ _HOMES = {
     "CompressedLayer": "solvers.contract",
     "CompressedModel": "compression",
     "Measurement": "benchmarks.measurement",
+    "PlanSettings": "planning",
     "Preprocessing": "data",
     "Samples": "data",
     "Scheme": "schemes",

@@ -136,6 +136,7 @@ class Output:
             TaskProgressColumn,
             TextColumn,
             TimeElapsedColumn,
+            TimeRemainingColumn,
         )
 
         columns = (
@@ -144,6 +145,8 @@ class Output:
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.errors, transient=True) as progress:
             task = progress.add_task("starting", total=1.0)
