@@ -106,6 +106,7 @@ def measure_accuracy(
         samples: labelled ones.
         say: told what is being done.
     """
+
     def share(module: nn.Module) -> float:
         return top1(
             module, samples, batch_size=calibrated.batch_size, device=calibrated.device,
