@@ -24,6 +24,7 @@ from obc_deploy.costs import Costs, LayerCost, total
 from obc_deploy.data import Preprocessing
 from obc_deploy.errors import ArtifactError, MeasurementError, ObcDeployError
 from obc_deploy.manifest import Manifest
+from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Expectation, audit, count_accelerated
 from obc_deploy.runtimes.registry import require_runtime, runtime_info
 from obc_deploy.runtimes.session import Session, open_session
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 Stage = Callable[[str, float], None]
 Array = npt.NDArray[Any]
 
-DEFAULT_TARGETS = ("onnxruntime", "deepsparse")
+DEFAULT_TARGETS = ("onnxruntime", "ort-sparse", "deepsparse")
 """Targets measured where nothing else is asked for, as far as their runtimes work here."""
 
 
@@ -67,8 +68,13 @@ class _Entry:
 
 
 def working_targets() -> list[str]:
-    """The default targets whose runtimes are installed here."""
-    return [name for name in DEFAULT_TARGETS if runtime_info(TARGETS[name].runtime).works]
+    """The default targets whose runtimes, and kernels of ours, are installed here."""
+    return [
+        name
+        for name in DEFAULT_TARGETS
+        if runtime_info(TARGETS[name].runtime).works
+        and (sparse.is_available() or not TARGETS[name].sparse_operators)
+    ]
 
 
 def costs_of(manifest: Manifest) -> Costs:

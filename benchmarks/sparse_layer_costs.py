@@ -3,8 +3,8 @@
     python -m obc_deploy.benchmarks.sparse_layer_costs
 
 For every shape there are two sessions, one of ONNX Runtime's integer operators and one of ours on
-blocked tensors. They run in turn in one process, on one thread, and ONNX Runtime's own trace says
-how long each operator took. Per operator, times are fitted as non-negative sums of counts (products,
+blocked tensors. They run in turn in one process, on one thread, and ONNX Runtime's trace says how
+long each operator took. Per operator, times are fitted as non-negative sums of counts (products,
 blocks times pixels, ...), by least squares of relative errors. What is printed goes into
 `obc_deploy.exporters.sparse_cost`.
 """
@@ -47,6 +47,7 @@ CONVOLUTIONS = (
     (256, 8, 3, 1, 256),
     (512, 4, 3, 1, 512),
     (512, 2, 3, 1, 512),
+    (256, 4, 3, 1, 256),
     (64, 56, 1, 1, 256),
     (64, 56, 3, 1, 64),
     (256, 56, 1, 2, 128),
@@ -58,8 +59,29 @@ CONVOLUTIONS = (
     (24, 56, 1, 1, 144),
     (320, 7, 1, 1, 1280),
 )
-DEPTHWISE = ((32, 112, 1), (96, 56, 2), (144, 56, 1), (192, 28, 1), (384, 14, 1), (960, 7, 1))
-PLANES = ((16, 32), (32, 16), (64, 8), (64, 56), (256, 56), (256, 14), (512, 7), (64, 112), (3, 224))
+DEPTHWISE = (
+    (32, 112, 1),
+    (96, 112, 2),
+    (144, 56, 1),
+    (144, 56, 2),
+    (32, 32, 1),
+    (192, 28, 1),
+    (384, 14, 1),
+    (576, 14, 2),
+    (64, 8, 1),
+    (960, 7, 1),
+)
+PLANES = (
+    (16, 32),
+    (32, 16),
+    (64, 8),
+    (64, 56),
+    (256, 56),
+    (256, 14),
+    (512, 7),
+    (64, 112),
+    (3, 224),
+)
 LINEARS = ((64, 10), (512, 10), (512, 512), (2048, 1000), (4096, 4096))
 
 
@@ -109,7 +131,9 @@ class Network:
         )
         opsets = [("", 17), (MICROSOFT, 1), (sparse.DOMAIN, sparse.DOMAIN_VERSION)]
         ids = [helper.make_opsetid(*entry) for entry in opsets]
-        content: bytes = helper.make_model(graph, opset_imports=ids, ir_version=8).SerializeToString()
+        content: bytes = helper.make_model(
+            graph, opset_imports=ids, ir_version=8
+        ).SerializeToString()
         return content
 
 
@@ -128,21 +152,30 @@ def _weights(rng: np.random.Generator, shape: tuple[int, ...], zeros: float) -> 
     outputs, channels = shape[:2]
     codes = rng.integers(1, 40, shape) * rng.choice([-1, 1], shape)
     keep = rng.random((outputs, -(-channels // 4), *shape[2:])) >= zeros
-    mask: npt.NDArray[Any] = np.repeat(keep, 4, axis=1)[:, :channels]
-    return (codes * mask).astype(np.int8)
+    mask = np.repeat(keep, 4, axis=1)[:, :channels]
+    masked: npt.NDArray[Any] = (codes * mask).astype(np.int8)
+    return masked
 
 
 def convolution(
-    rng: np.random.Generator, layer: tuple[int, int, int, int, int], zeros: float
+    rng: np.random.Generator,
+    layer: tuple[int, int, int, int, int],
+    zeros: float,
+    *,
+    residual: bool = False,
 ) -> Case:
-    """A convolution with block-sparse weights."""
+    """A convolution with block-sparse weights; of ours, with a residual or without."""
     from obc_deploy.exporters.sparse_blocks import stored_blocks
 
     channels, size, kernel, stride, outputs = layer
     pad = kernel // 2
     codes = _weights(rng, (outputs, channels, kernel, kernel), zeros)
     bias, scale = rng.integers(-99, 99, outputs), np.full(outputs, 0.01)
-    windows = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4}
+    windows: dict[str, Any] = {
+        "kernel_shape": [kernel] * 2,
+        "strides": [stride] * 2,
+        "pads": [pad] * 4,
+    }
     shape = (1, channels, size, size)
     plain = Network()
     grid = plain.grid()
@@ -159,17 +192,23 @@ def convolution(
     parts = [ours.constant(stored.values, np.int8), ours.constant(stored.block_index, np.int32)]
     parts += [ours.constant(stored.row_start, np.int32), ours.constant(scale, np.float32)]
     parts.append(ours.constant(bias, np.int32))
+    side = (size + 2 * pad - kernel) // stride + 1
+    more: dict[str, Any] = {}
+    if residual:
+        codes = rng.integers(0, 255, (1, -(-outputs // 4), side, side, 4))
+        parts.append(ours.constant(codes, np.uint8))
+        for name in ("residual", "convolution"):
+            more |= {f"{name}_scale": 0.04, f"{name}_zero_point": 20}
     y = ours.own(
         "SparseConvolution", [x, *parts], channels=channels, input_border=pad, **windows, **GRID,
-        **OUTPUT,
+        **OUTPUT, **more,
     )  # fmt: skip
     ours_out = ours.own("DequantizeFromBlocks", [y], channels=outputs, **GRID)
-    pixels = ((size + 2 * pad - kernel) // stride + 1) ** 2
     work = Work.of_convolution(
-        pixels=pixels, in_pixels=size * size, channels=channels, outputs=outputs,
-        positions=kernel * kernel, stride=stride, blocks=len(stored.values),
+        pixels=side * side, in_pixels=size * size, channels=channels, outputs=outputs,
+        positions=kernel * kernel, blocks=len(stored.values), residual=residual,
     )  # fmt: skip
-    inputs, results = Work.of_plane(channels, size * size), Work.of_plane(outputs, pixels)
+    inputs, results = Work.of_plane(channels, size, size), Work.of_plane(outputs, side, side)
     return Case(
         shape,
         plain.model(out, shape),
@@ -186,7 +225,7 @@ def depthwise(rng: np.random.Generator, channels: int, size: int, stride: int) -
     """A 3x3 depthwise convolution."""
     codes = rng.integers(-40, 40, (channels, 1, 3, 3))
     scale = np.full(channels, 0.01)
-    windows = {"strides": [stride] * 2, "pads": [1] * 4}
+    windows: dict[str, Any] = {"strides": [stride] * 2, "pads": [1] * 4}
     shape = (1, channels, size, size)
     plain = Network()
     grid = plain.grid()
@@ -205,8 +244,8 @@ def depthwise(rng: np.random.Generator, channels: int, size: int, stride: int) -
         **OUTPUT,
     )  # fmt: skip
     ours_out = ours.own("DequantizeFromBlocks", [y], channels=channels, **GRID)
-    pixels = ((size - 1) // stride + 1) ** 2
-    work = Work.of_depthwise(channels, pixels, 9)
+    side = (size - 1) // stride + 1
+    work = Work.of_plane(channels, side, side, 9)
     return Case(
         shape,
         plain.model(out, shape),
@@ -219,9 +258,9 @@ def plane(channels: int, size: int) -> Case:
     """Adds, concatenations, pools and conversions of one shape."""
     pixels = size * size
     shape = (1, channels, size, size)
-    whole = Work.of_plane(channels, pixels)
-    pooled = Work.of_pool(channels, (size // 2) ** 2, 4)
-    windows = {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0] * 4}
+    whole = Work.of_plane(channels, size, size)
+    pooled = Work.of_plane(channels, size // 2, size // 2, 4)
+    windows: dict[str, Any] = {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0] * 4}
     plain = Network()
     grid = plain.grid()
     x = plain.add("QuantizeLinear", ["x", *grid])
@@ -232,12 +271,18 @@ def plane(channels: int, size: int) -> Case:
     again = plain.add("Reshape", [turned, back])
     both = plain.add("QLinearAdd", [x, *grid, again, *grid, *grid], MICROSOFT)
     joined = plain.add("QLinearConcat", [*grid, both, *grid, x, *grid], MICROSOFT, axis=1)
+    slow_peaks = plain.add("MaxPool", [x], **windows)
+    # Behind a convolution, as in networks: ONNX Runtime then pools channels last.
+    weight = [plain.constant(np.ones((channels, channels, 1, 1)), np.int8)]
+    weight += [plain.constant(0.01, np.float32), plain.constant(0, np.int8)]
+    both = plain.add("QLinearConv", [both, *grid, *weight, *grid], kernel_shape=[1, 1])
     peaks = plain.add("MaxPool", [both], **windows)
     means = plain.add("QLinearAveragePool", [both, *grid, *grid], MICROSOFT, **windows)
     whole_mean = plain.add(
         "QLinearGlobalAveragePool", [both, *grid, *grid], MICROSOFT, channels_last=0
     )
     found = [plain.add("DequantizeLinear", [v, *grid]) for v in (joined, peaks, means, whole_mean)]
+    found.append(plain.add("DequantizeLinear", [slow_peaks, *grid]))
     sums = [plain.add("ReduceMax", [v], keepdims=0) for v in found]
     out = plain.add("Sum", sums)
     ours = Network()
@@ -254,14 +299,15 @@ def plane(channels: int, size: int) -> Case:
     counts = ((joined, 2 * channels), (peaks, channels), (means, channels), (whole_mean, channels))
     found = [ours.own("DequantizeFromBlocks", [v], channels=n, **GRID) for v, n in counts]
     ours_out = ours.add("Sum", [ours.add("ReduceMax", [v], keepdims=0) for v in found])
-    twice = Work.of_plane(2 * channels, pixels)
+    twice = Work.of_plane(2 * channels, size, size)
     return Case(
         shape,
         plain.model(out, shape),
         ours.model(ours_out, shape),
         {
             "Transpose": whole, "QLinearAdd": whole, "Add": whole, "QLinearConcat": twice,
-            "Concat": twice, "MaxPool": pooled, "QLinearAveragePool": pooled,
+            "Concat": twice, "NhwcMaxPool": pooled, "NchwMaxPool": pooled, "MaxPool": pooled,
+            "QLinearAveragePool": pooled,
             "AveragePool": pooled, "QLinearGlobalAveragePool": whole, "GlobalAveragePool": whole,
             "FromBlocks": whole, "ToBlocks": whole,
         },
@@ -302,6 +348,7 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     for layer in CONVOLUTIONS:
         for zeros in (0.0, 0.5, 0.7, 0.8, 0.9):
             yield convolution(rng, layer, zeros)
+        yield convolution(rng, layer, 0.8, residual=True)
     for channels, size, stride in DEPTHWISE:
         yield depthwise(rng, channels, size, stride)
     for channels, size in PLANES:
@@ -345,10 +392,11 @@ def measure(case: Case, folder: Path) -> dict[str, float]:
         for session in sessions:
             session.run(None, {"x": x})
     found: dict[str, float] = {}
-    for session in sessions:
+    for session, is_plain in zip(sessions, (True, False), strict=True):
         trace = Path(session.end_profiling())
         for kind, times in _times(trace).items():
-            found.setdefault(kind, float(np.mean(times)))
+            name = "NchwMaxPool" if is_plain and kind == "MaxPool" else kind
+            found[name] = float(np.mean(times))
         trace.unlink()
     return found
 

@@ -89,7 +89,7 @@ def export(
                 parity = check_parity(
                     run, built.reference, batches[:count],
                     tolerance=QUANTIZED_TOLERANCE if has_codes else FLOAT_TOLERANCE,
-                    runtime=runtime, path=partial, codes=built.codes,
+                    runtime=runtime, path=partial, codes=built.codes, views=built.views,
                 ).as_dict()  # fmt: skip
         os.replace(partial, file)  # noqa: PTH105
     finally:
@@ -101,6 +101,7 @@ def export(
         file=file.name,
         file_sha256=file_sha256(file),
         size_bytes=file.stat().st_size,
+        dense_size_bytes=built.dense_bytes,
         opset=built.opset,
         ir_version=built.ir_version,
         dynamic_batch=dynamic_batch,
@@ -192,10 +193,15 @@ def _runner(target: Target, path: Path, batch_size: int) -> Iterator[tuple[Run, 
 
             yield run_there, target.runtime
         return
+    import onnx
     import onnxruntime
+
+    from obc_deploy.runtimes.onnxruntime_cpu import libraries
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    for library in libraries({node.domain for node in onnx.load(path).graph.node}):
+        options.register_custom_ops_library(str(library))
     try:
         local = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -21,6 +21,7 @@ from obc_deploy.exporters.graph import onnx_graph
 from obc_deploy.exporters.parity import Codes
 from obc_deploy.exporters.pooling import keep_max_pools_in_float, means_to_global_average_pools
 from obc_deploy.exporters.qoperator import to_qoperators
+from obc_deploy.exporters.sparse_onnxruntime import to_sparse_operators
 from obc_deploy.quantized_network import DEQUANTIZE, QUANTIZE_DEQUANTIZE
 from obc_deploy.targets import Format, Target
 
@@ -40,6 +41,10 @@ class BuiltOnnx:
         outputs: by layer name, the constant that holds its weight and the ONNX value it computes.
         opset: operator set of the default domain.
         ir_version: file version.
+        dense_bytes: size of the same network with every weight stored, where the model leaves
+            zeros out; None where it does not.
+        views: nodes beside the model that compute values of the reference from values of the model,
+            for comparisons.
     """
 
     proto: Any
@@ -48,6 +53,8 @@ class BuiltOnnx:
     outputs: dict[str, tuple[str, str]]
     opset: int
     ir_version: int
+    dense_bytes: int | None = None
+    views: tuple[Any, ...] = ()
 
 
 def _layer_outputs(model: ir.Model, layers: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -161,10 +168,18 @@ def build_onnx(
         if target.one_weight_step:
             fold_weight_dequantizers(graph)
             keep_max_pools_in_float(graph)
-        for suffix in ("codes_1x1", "codes_transposed", "values"):
+        for suffix in ("codes_1x1", "codes_transposed", "codes_blocks", "codes_codes", "values"):
             weights |= {f"{layer.name}.weight_{suffix}": layer.name for layer in model.layers}
     drop_dead(graph)
     graph.ir_version = target.ir_version
+    dense_bytes: int | None = None
+    views: tuple[Any, ...] = ()
+    if target.sparse_operators:
+        dense_bytes = ir.to_proto(graph).ByteSize()
+        sparse = to_sparse_operators(graph)
+        views = sparse.views
+        if not sparse.layers:
+            dense_bytes = None
     outputs = _layer_outputs(graph, weights)
     return BuiltOnnx(
         ir.to_proto(graph),
@@ -173,4 +188,6 @@ def build_onnx(
         outputs,
         int(graph.graph.opset_imports[""]),
         target.ir_version,
+        dense_bytes,
+        views,
     )

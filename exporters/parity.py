@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from obc_deploy.capture import parameter_name
 from obc_deploy.errors import ExportError
 from obc_deploy.quantized_network import DEQUANTIZE
+from obc_deploy.runtimes.onnxruntime_cpu import libraries
 
 FLOAT_TOLERANCE = 1e-3
 QUANTIZED_TOLERANCE = 5e-2
@@ -107,6 +108,7 @@ def check_parity(
     runtime: str,
     path: Path,
     codes: Mapping[str, Codes],
+    views: Sequence[onnx.NodeProto] = (),
 ) -> Parity:
     """Compare an artifact with the module on batches of inputs.
 
@@ -118,6 +120,7 @@ def check_parity(
         runtime: what `run` uses, for the record.
         path: the artifact's file, for the message.
         codes: where the codes of the module's quantizers are in the file, by node name.
+        views: nodes to add to the file's for a look at values that it holds in another form.
 
     Raises:
         ExportError: it differs by more; the message names the first layer that does.
@@ -144,7 +147,7 @@ def check_parity(
     agreement = same / max(count, 1)
     if error <= tolerance:
         return Parity(error, agreement, count, tolerance, runtime)
-    inside = _OnnxValues(path)
+    inside = _OnnxValues(path, views)
     odd = first_difference(inside, module, batches, codes)
     if odd is None and codes and _same_outputs(inside, batches, found):
         return Parity(error, agreement, count, tolerance, runtime, layerwise=True)
@@ -158,8 +161,10 @@ def check_parity(
 class _OnnxValues:
     """An ONNX file run by ONNX Runtime, any of its values shown."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, views: Sequence[onnx.NodeProto]) -> None:
         self.model = onnx.load(path)
+        self.model.graph.node.extend(views)
+        self._libraries = libraries({node.domain for node in self.model.graph.node})
         self.outputs = [output.name for output in self.model.graph.output]
         self.names = {name for node in self.model.graph.node for name in node.output}
 
@@ -174,6 +179,8 @@ class _OnnxValues:
             shown.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        for library in self._libraries:
+            options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(
             shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

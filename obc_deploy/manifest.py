@@ -154,6 +154,8 @@ class ArtifactManifest(_Part):
     file: str
     file_sha256: str
     size_bytes: int
+    dense_size_bytes: int | None = None
+    """Size of the same network with every weight stored, where the file leaves zeros out."""
     opset: int
     ir_version: int
     dynamic_batch: bool

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from obc_deploy.errors import TargetError
-from obc_deploy.schemes import NM, Block4, Scheme, Unstructured
+from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Scheme, Unstructured
 
 if TYPE_CHECKING:
     from obc_deploy.layers import Layer
@@ -65,6 +65,8 @@ class Target:
         sparse_from: smallest sparsity that was measured to beat the dense kernel, by pattern; a
             pattern that is not in it gains nothing.
         summary: one line for help texts.
+        sparse_operators: layers with zeros become operators of our own library
+            (`obc_deploy.runtimes.sparse`), which the runtime loads beside the file.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Target:
     linear_as_convolution: bool
     sparse_from: Mapping[type, float]
     summary: str
+    sparse_operators: bool = False
 
 
 _ALL_INTEGER = frozenset(
@@ -130,8 +133,23 @@ DEEPSPARSE = Target(
     summary="DeepSparse on the CPU, integer operators; zeros are skipped (needs 80 % or more)",
 )
 
+ORT_SPARSE = Target(
+    name="ort-sparse",
+    runtime="onnxruntime",
+    format=Format.QOPERATOR,
+    opset=18,
+    ir_version=9,
+    placement=Placement(),
+    integer_operators=_ALL_INTEGER,
+    one_weight_step=False,
+    linear_as_convolution=False,
+    sparse_from={Block4: 0.5},
+    summary="ONNX Runtime on the CPU with our sparse int8 kernels; zeros are skipped (from 50 %)",
+    sparse_operators=True,
+)
+
 TARGETS: Mapping[str, Target] = {
-    target.name: target for target in (ONNXRUNTIME, ONNXRUNTIME_QOPERATOR, DEEPSPARSE)
+    target.name: target for target in (ONNXRUNTIME, ONNXRUNTIME_QOPERATOR, ORT_SPARSE, DEEPSPARSE)
 }
 
 
@@ -175,6 +193,8 @@ def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
             f"{target.runtime} has no sparse kernels: the zeros of {pattern} cost as much as other "
             "weights"
         )
+    if target.sparse_operators:
+        return _sparse_operators_obstacle(target, scheme)
     if isinstance(pattern, NM):
         return f"{target.runtime} has no {pattern} kernels: it runs the zeros as unstructured ones"
     least = target.sparse_from.get(type(pattern))
@@ -185,6 +205,31 @@ def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
         )
     if scheme.quantization is None and least is not None and pattern.sparsity < 0.9:
         return f"{target.runtime} gains little on float weights below 90 % zeros: add '+w8a8'"
+    return None
+
+
+def _sparse_operators_obstacle(target: Target, scheme: Scheme) -> str | None:
+    """Why our own kernels, which skip blocks of four zeros in int8 layers, gain nothing."""
+    pattern = scheme.pattern
+    assert pattern is not None
+    quantization = scheme.quantization
+    if quantization is None or quantization.activation_bits is None:
+        return f"{target.name} skips zeros of int8 layers only: add '+w8a8'"
+    if isinstance(pattern, NM):
+        return f"{target.name} skips blocks of four zeros, and {pattern} has none: use block4@0.5"
+    least = target.sparse_from[Block4]
+    if isinstance(pattern, Block4) and pattern.sparsity < least:
+        return (
+            f"{target.name} gains nothing below {least:.0%} zeros in blocks, '{pattern}' has "
+            f"{pattern.sparsity:.0%}"
+        )
+    # Zeros that lie anywhere: four of them meet in a block with this probability.
+    whole = pattern.sparsity**BLOCK_SIZE
+    if isinstance(pattern, Unstructured) and whole < least:
+        return (
+            f"{target.name} skips blocks of four zeros, and '{pattern}' leaves about {whole:.0%} "
+            f"of them: use block4@{pattern.sparsity:g}"
+        )
     return None
 
 

@@ -261,13 +261,16 @@ def _audit_onnxruntime(
                 target.name, target.op_type, 0.0, native=True, int8=target.op_type in INT8
             )
         layer = _described(graph, node, step, shared=target is None or target.name not in timed)
-        layers.append(AuditedLayer(**{**vars(layer), "kernel_sparsity": 0.0, "native": True}))
+        skipped = graph.kernel_sparsity(node)
+        layers.append(AuditedLayer(**{**vars(layer), "kernel_sparsity": skipped, "native": True}))
     floats = [
         layer
         for node, layer in zip(graph.layers, layers, strict=True)
         if graph.reads_int8(node) and not layer.int8
     ]
-    reasons = [onnxruntime_cpu.NO_SPARSITY]
+    reasons = []
+    if not any(layer.kernel_sparsity for layer in layers):
+        reasons.append(onnxruntime_cpu.NO_SPARSITY)
     if floats:
         reasons.append(
             f"{len(floats)} quantized layers ran in float (first: '{floats[0].name}' as "

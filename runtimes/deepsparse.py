@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from obc_deploy.runtimes.contract import Runtime, RuntimeInfo
 from obc_deploy.runtimes.environments import DEEPSPARSE, find_environment
 from obc_deploy.runtimes.onnx_graph import INT8
+from obc_deploy.runtimes.sparse import DOMAIN
 
 if TYPE_CHECKING:
     from obc_deploy.runtimes.onnx_graph import OnnxGraph, OnnxNode
@@ -49,6 +50,11 @@ def info() -> RuntimeInfo:
 def refusals(graph: OnnxGraph) -> tuple[str, ...]:
     """Why DeepSparse will not load the graph."""
     reasons = []
+    if DOMAIN in graph.domains:
+        reasons.append(
+            "it has operators of our sparse kernels, which only ONNX Runtime loads; export with "
+            "target deepsparse"
+        )
     if graph.ir_version > MAX_IR_VERSION:
         reasons.append(
             f"it is written in ONNX IR version {graph.ir_version} and DeepSparse reads up to "

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obc_deploy.errors import ArtifactError
+from obc_deploy.runtimes.sparse import DOMAIN
+from obc_deploy.schemes import BLOCK_SIZE
 
 if TYPE_CHECKING:
     import onnx
+
+SPARSE = frozenset(
+    {
+        "SparseConvolution",
+        "SparseLinear",
+        "SparseLinearDequantize",
+        "SparseConvolutionFloat",
+        "SparseLinearFloat",
+        "DepthwiseConvolution",
+    }
+)
+"""Operators of our sparse library that multiply activations by weights."""
 
 MULTIPLYING = frozenset(
     {
@@ -29,6 +44,7 @@ MULTIPLYING = frozenset(
         "QLinearConv",
         "QLinearMatMul",
     }
+    | SPARSE
 )
 """Operators that multiply activations by weights: the layers of a network."""
 
@@ -41,6 +57,10 @@ INT8 = frozenset(
         "QGemm",
         "QLinearConv",
         "QLinearMatMul",
+        "SparseConvolution",
+        "SparseLinear",
+        "SparseLinearDequantize",
+        "DepthwiseConvolution",
     }
 )
 """Those of them that multiply 8-bit integers."""
@@ -48,7 +68,18 @@ INT8 = frozenset(
 
 @dataclass(frozen=True)
 class OnnxNode:
-    """One operator of a graph; `groups` is 1 unless it is a grouped convolution."""
+    """One operator of a graph.
+
+    Attributes:
+        name: of the node; may be empty.
+        op_type: the operator.
+        domain: the operator's domain.
+        inputs: values it reads.
+        outputs: values it computes.
+        groups: 1 unless it is a grouped convolution.
+        places: stored entries that an output channel of a sparse layer would have without zeros; 0
+            of other nodes.
+    """
 
     name: str
     op_type: str
@@ -56,6 +87,7 @@ class OnnxNode:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     groups: int = 1
+    places: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +127,20 @@ class OnnxGraph:
         """The nodes that multiply activations by weights."""
         return tuple(node for node in self.nodes if node.op_type in MULTIPLYING)
 
+    @property
+    def domains(self) -> frozenset[str]:
+        """Domains of the operators."""
+        return frozenset(node.domain for node in self.nodes)
+
+    def kernel_sparsity(self, node: OnnxNode) -> float:
+        """Fraction of its weights that a sparse layer skips: what the file does not store."""
+        if not node.places:
+            return 0.0
+        entries, rows = self.shapes.get(node.inputs[1]), self.shapes.get(node.inputs[3])
+        if entries is None or rows is None:
+            return 0.0
+        return 1.0 - entries[0] / ((rows[0] - 1) * node.places)
+
     def is_depthwise(self, node: OnnxNode) -> bool:
         """Each group of the convolution has one input channel."""
         weight = node.inputs[3 if node.op_type == "QLinearConv" else 1]
@@ -123,6 +169,18 @@ class OnnxGraph:
         )
 
 
+def _places(node: onnx.NodeProto) -> int:
+    if node.domain != DOMAIN or not node.op_type.startswith("Sparse"):
+        return 0
+    attributes = {item.name: item for item in node.attribute}
+    counts = [attributes[name].i for name in ("channels", "features") if name in attributes]
+    columns: int = counts[0] if counts else 0
+    if not node.op_type.endswith("Float"):
+        columns = -(-columns // BLOCK_SIZE)
+    kernel = attributes["kernel_shape"].ints if "kernel_shape" in attributes else ()
+    return columns * math.prod(kernel)
+
+
 def _nodes(graph: onnx.GraphProto) -> tuple[OnnxNode, ...]:
     return tuple(
         OnnxNode(
@@ -132,6 +190,7 @@ def _nodes(graph: onnx.GraphProto) -> tuple[OnnxNode, ...]:
             tuple(node.input),
             tuple(node.output),
             next((item.i for item in node.attribute if item.name == "group"), 1),
+            _places(node),
         )
         for node in graph.node
     )

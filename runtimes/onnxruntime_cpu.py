@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from obc_deploy.errors import RuntimeMissingError
+from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.contract import Runtime, RuntimeInfo
+
+if TYPE_CHECKING:
+    from obc_deploy.runtimes.onnx_graph import OnnxGraph
 
 NAME = "onnxruntime"
 INSTALL_COMMAND = f"{sys.executable} -m pip install onnxruntime"
 NO_SPARSITY = (
     "ONNX Runtime multiplies every weight, zero or not: sparsity makes nothing faster here "
-    "(export with target deepsparse to use it)"
+    "(export with target ort-sparse or deepsparse to use it)"
 )
 
 
@@ -31,4 +38,34 @@ def info() -> RuntimeInfo:
     )
 
 
-RUNTIME = Runtime(name=NAME, title="ONNX Runtime", info=info)
+def libraries(domains: Collection[str]) -> tuple[Path, ...]:
+    """Libraries that ONNX Runtime must load to run operators of the domains.
+
+    Raises:
+        RuntimeMissingError: our sparse kernels are wanted and are not there.
+    """
+    if sparse.DOMAIN not in domains:
+        return ()
+    if not sparse.is_available():
+        raise RuntimeMissingError(
+            f"the file has operators of our sparse kernels, and these are {_missing()}; or export "
+            "with target onnxruntime"
+        )
+    return (sparse.library_path(),)
+
+
+def _missing() -> str:
+    return f"missing here: {sparse.why_missing()}"
+
+
+def refusals(graph: OnnxGraph) -> tuple[str, ...]:
+    """Why ONNX Runtime will not load the graph."""
+    if sparse.DOMAIN in graph.domains and not sparse.is_available():
+        return (
+            f"it has operators of our sparse kernels, and these are {_missing()}; or export with "
+            "target onnxruntime",
+        )
+    return ()
+
+
+RUNTIME = Runtime(name=NAME, title="ONNX Runtime", info=info, refusals=refusals)

@@ -15,7 +15,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from obc_deploy.errors import (
     RuntimeFailedError,
     RuntimeMissingError,
 )
+from obc_deploy.runtimes import onnxruntime_cpu
 from obc_deploy.runtimes.contract import (
     LayerProfile,
     RuntimeInfo,
@@ -519,17 +520,21 @@ def open_session(
     definition = find_runtime(runtime)
     info = require_runtime(runtime)
     assert info.python is not None
-    refusals = definition.refusals(read_onnx_graph(artifact))
+    graph = read_onnx_graph(artifact)
+    refusals = definition.refusals(graph)
     if refusals:
         raise RuntimeFailedError(f"{info.title} will not load '{artifact}': {refusals[0]}")
     cores = _cores(threads)
     if batch_size < 1:
         raise RuntimeFailedError(f"batch size {batch_size} is no batch; ask for 1 or more")
+    chosen = options or SessionOptions()
+    if runtime == onnxruntime_cpu.NAME:
+        needed = onnxruntime_cpu.libraries(graph.domains)
+        more = tuple(path for path in needed if path not in chosen.custom_ops)
+        chosen = replace(chosen, custom_ops=(*chosen.custom_ops, *more))
     worker = _Worker(info.python, _variables(info, definition.environment, len(cores)))
     try:
-        return Session(
-            worker, info, artifact, cores, batch_size, timeout_s, options or SessionOptions()
-        )
+        return Session(worker, info, artifact, cores, batch_size, timeout_s, chosen)
     except BaseException:
         worker.end()
         raise

@@ -12,7 +12,7 @@ import typer
 from obc_deploy.commands import options as o
 from obc_deploy.commands.bench import ARTIFACTS
 from obc_deploy.commands.output import Output, Stage
-from obc_deploy.errors import ArtifactError
+from obc_deploy.errors import ArtifactError, ExportError
 from obc_deploy.targets import TARGETS, Target, as_target
 
 if TYPE_CHECKING:
@@ -29,7 +29,15 @@ def artifact_file(run: Path, target: Target) -> Path:
 
 
 def export(
-    run: o.RunDirectory,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|FILE",
+            help="A run directory; or an .onnx file with block-sparse integer layers, for "
+            "--target ort-sparse.",
+            show_default=False,
+        ),
+    ],
     target: Annotated[
         str | None,
         typer.Option(
@@ -47,7 +55,7 @@ def export(
             "-o",
             metavar="PATH",
             help="An .onnx file, or a folder for model.onnx.",
-            show_default="RUN/artifacts/TARGET/model.onnx",
+            show_default="RUN/artifacts/TARGET/model.onnx, or FILE with its target's name",
         ),
     ] = None,
     dynamic_batch: Annotated[
@@ -67,6 +75,13 @@ def export(
     from obc_deploy.manifest import read_manifest
 
     out = Output(json)
+    if run.suffix == ".onnx":
+        if dynamic_batch or batch_size != 1:
+            raise ExportError(
+                f"'{run}' keeps its own batch size; leave out --dynamic-batch and --batch-size"
+            )
+        _rewrite(out, run, as_target(target or "ort-sparse"), output, check=not no_check)
+        return
     manifest = read_manifest(run)
     goal = as_target(target or manifest.settings.target or "onnxruntime")
     file = output or artifact_file(run, goal)
@@ -84,6 +99,8 @@ def export(
         f"{artifact.path}: {size(made.size_bytes)}, {made.format} graph for {made.target}, "
         f"{sum(layer.int8 for layer in made.layers)} of {len(made.layers)} layers int8"
     )
+    if made.dense_size_bytes is not None:
+        out.line(_smaller(made.size_bytes, made.dense_size_bytes))
     parity = made.parity
     if parity:
         out.line(
@@ -98,6 +115,43 @@ def export(
         out.warn(note)
     out.results(
         {"path": os.fspath(artifact.path), **made.model_dump(mode="json"), "preflight": notes}
+    )
+
+
+def _smaller(found: int, dense: int) -> str:
+    from obc_deploy.benchmarks.table import size
+
+    return f"{dense / found:.2f}x smaller than with every int8 weight stored ({size(dense)})"
+
+
+def _rewrite(out: Output, source: Path, goal: Target, output: Path | None, *, check: bool) -> None:
+    """An ONNX file from elsewhere, with sparse operators."""
+    from obc_deploy.benchmarks.table import size
+    from obc_deploy.exporters.rewritten_file import rewrite_onnx
+
+    file = output or source.with_name(f"{source.stem}.{goal.name}.onnx")
+    with out.working() as say:
+        say(f"rewriting for {goal.name}", 0.0)
+        made = rewrite_onnx(source, file, goal, check=check)
+    out.line(
+        f"{made.path}: {size(made.size_bytes)}, {len(made.layers)} of {made.integer_layers} "
+        "integer layers on sparse kernels"
+    )
+    out.line(_smaller(made.size_bytes, made.dense_size_bytes))
+    if made.relative_error is None:
+        out.warn("outputs were not compared with the original's (--no-check)")
+    else:
+        out.line(f"outputs differ from the original's by {made.relative_error:.1e} (relative)")
+    out.results(
+        {
+            "path": os.fspath(made.path),
+            "target": goal.name,
+            "size_bytes": made.size_bytes,
+            "dense_size_bytes": made.dense_size_bytes,
+            "layers": dict(made.layers),
+            "integer_layers": made.integer_layers,
+            "relative_error": made.relative_error,
+        }
     )
 
 

@@ -48,6 +48,10 @@ class SparseConvolution {
               residual_border(attributes.integer("residual_border", kBorders, 0)) {
             require_equal_strides(windows);
             require_padding_in_border(windows, input_border);
+            if (windows.height * windows.width > kMostPositions) {
+                refuse("attribute 'kernel_shape' has ", windows.height * windows.width,
+                       " positions, expected at most ", kMostPositions);
+            }
             if (takes_residual) {
                 residual_grid = read_grid(attributes, "residual");
                 convolution_grid = read_grid(attributes, "convolution");

@@ -178,6 +178,7 @@ def test_missing_attributes_and_wrong_types(node, name):
         (CONVOLUTION, {"pads": [-1, 0, 0, 0]}, "'pads' is -1, expected 0 to"),
         (CONVOLUTION, {"kernel_shape": [3]}, "'kernel_shape' has 1 values, expected 2"),
         (CONVOLUTION, {"kernel_shape": [0, 3]}, "'kernel_shape' is 0, expected 1 to"),
+        (CONVOLUTION, {"kernel_shape": [91, 91]}, "'kernel_shape' has 8281 positions, .* 8192"),
         (CONVOLUTION, {"kernel_shape": [1, 3]}, "'block_index' holds 17 after 0 .* 0 to 5"),
         (CONVOLUTION, {"strides": [3, 3]}, "'strides' is 3, expected 1 to 2"),
         (CONVOLUTION, {"strides": [1, 2]}, r"'strides' is \[1, 2\], expected \[1, 1\] or \[2, 2\]"),

@@ -1,0 +1,199 @@
+"""What an operator costs in ONNX Runtime and in our kernels, from measurements.
+
+Nanoseconds on one thread, as sums of counts times constants. The constants are fits to what
+`obc_deploy.benchmarks.sparse_layer_costs` measured, interleaved in one process, on an Intel Xeon at
+2.5 GHz (Cascade Lake, AVX512-VNNI) with ONNX Runtime 1.31: 24 convolutions of ResNets, VGG and
+MobileNet at 0 to 90 % zero blocks, 10 depthwise ones, 9 planes and 5 fully connected layers. In the
+geometric mean a fit is off by a factor of 1.17 for ONNX Runtime's convolutions, 1.16 for ours, 1.04
+to 1.5 for the rest. Another processor's times differ more than the ratios that decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from obc_deploy.exporters.sparse_blocks import BLOCK
+
+_PLAIN = ("call", "elements")
+_BLOCKED = ("call", "lanes", "lines")
+_PLAIN_POOL = ("call", "elements", "taps")
+_BLOCKED_POOL = ("call", "lane_taps", "line_taps")
+_CONVOLUTION = ("call", "multiplications", "results", "columns", "odd_columns", "weights")
+COUNTS: Mapping[str, tuple[str, ...]] = {
+    "QLinearConv": _CONVOLUTION,
+    "SparseConvolution": ("call", "block_pixels", "blocks", "results", "channels_in", "residuals"),
+    "QLinearConv depthwise": _PLAIN_POOL,
+    "DepthwiseConvolution": _BLOCKED_POOL,
+    "QGemm": ("call", "multiplications", "results"),
+    "SparseLinearDequantize": ("call", "block_pixels", "results"),
+    "NhwcMaxPool": _PLAIN_POOL,
+    "NchwMaxPool": _PLAIN_POOL,
+    "MaxPool": _BLOCKED_POOL,
+    "QLinearAveragePool": _PLAIN_POOL,
+    "AveragePool": _BLOCKED_POOL,
+    **dict.fromkeys(
+        (
+            "QuantizeLinear", "DequantizeLinear", "Transpose", "QLinearAdd", "QLinearConcat",
+            "QLinearGlobalAveragePool",
+        ),
+        _PLAIN,
+    ),
+    **dict.fromkeys(
+        (
+            "QuantizeToBlocks", "DequantizeFromBlocks", "FromBlocks", "ToBlocks", "Add", "Concat",
+            "GlobalAveragePool",
+        ),
+        _BLOCKED,
+    ),
+}  # fmt: skip
+"""By operator, the counts that its time is the sum of.
+
+ONNX Runtime pools codes channels last behind a convolution of its own (NhwcMaxPool), and else in a
+plain loop, forty times slower (NchwMaxPool).
+"""
+
+
+_NANOSECONDS: Mapping[str, Mapping[str, float]] = {
+    "QLinearConv": {
+        "call": 10900,
+        "multiplications": 0.00404,
+        "results": 0.277,
+        "columns": 0.0483,
+        "odd_columns": 1.56,
+        "weights": 0.0418,
+    },
+    "SparseConvolution": {
+        "call": 9290,
+        "block_pixels": 0.0284,
+        "blocks": 0.904,
+        "results": 0.31,
+        "channels_in": 0.208,
+        "residuals": 0.545,
+    },
+    "QuantizeLinear": {"call": 7100, "elements": 0.425},
+    "QuantizeToBlocks": {"call": 4330, "lanes": 0.602, "lines": 122},
+    "DequantizeLinear": {"call": 5750, "elements": 0.405},
+    "DequantizeFromBlocks": {"call": 4410, "lanes": 0.571, "lines": 85.2},
+    "QLinearConv depthwise": {"call": 8670, "taps": 0.0956},
+    "DepthwiseConvolution": {"call": 4070, "lane_taps": 0.0708, "line_taps": 9.71},
+    "Transpose": {"call": 4170, "elements": 0.154},
+    "QLinearAdd": {"call": 7590, "elements": 0.238},
+    "Add": {"lanes": 0.374, "lines": 85.7},
+    "QLinearConcat": {"call": 5970, "elements": 0.114},
+    "Concat": {"call": 6590, "lanes": 0.163, "lines": 4.11},
+    "NchwMaxPool": {"call": 12500, "taps": 6.46},
+    "NhwcMaxPool": {"call": 6350, "taps": 0.148},
+    "MaxPool": {"call": 6860, "lane_taps": 0.084, "line_taps": 19},
+    "QLinearAveragePool": {"call": 7400, "taps": 5.52},
+    "AveragePool": {"call": 4060, "lane_taps": 1.42, "line_taps": 15.4},
+    "QLinearGlobalAveragePool": {"call": 6770, "elements": 0.124},
+    "GlobalAveragePool": {"call": 5640, "lanes": 0.0388, "lines": 11.6},
+    "FromBlocks": {"call": 6160, "lanes": 0.147, "lines": 37.3},
+    "ToBlocks": {"call": 4190, "lanes": 0.129, "lines": 41.3},
+    "QGemm": {"call": 7460, "multiplications": 0.0743},
+    "SparseLinearDequantize": {"call": 9790, "block_pixels": 1.09, "results": 38.8},
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much an operator has to do, by name of the count; `name` where it is not the type's."""
+
+    counts: Mapping[str, float]
+    name: str | None = None
+
+    def named(self, name: str) -> Work:
+        """The same under a name of its own."""
+        return replace(self, name=name)
+
+    @classmethod
+    def of_plane(cls, channels: int, height: int, width: int, positions: int = 1) -> Work:
+        """An operator that does as much for each element of its input or output.
+
+        Args:
+            channels: of the tensor.
+            height: of its planes; times the images.
+            width: of its planes.
+            positions: kernel height times width, of pools and depthwise convolutions.
+        """
+        elements = float(channels * height * width)
+        lines = float(-(-channels // BLOCK) * height)
+        return cls(
+            {
+                "call": 1.0,
+                "elements": elements,
+                "taps": elements * positions,
+                "lanes": lines * width * BLOCK,
+                "lines": lines,
+                "lane_taps": lines * width * BLOCK * positions,
+                "line_taps": lines * positions,
+            }
+        )
+
+    @classmethod
+    def of_linear(cls, rows: int, features: int, outputs: int, blocks: int) -> Work:
+        """A fully connected layer."""
+        return cls(
+            {
+                "call": 1.0,
+                "multiplications": float(rows * features * outputs),
+                "results": float(rows * outputs),
+                "block_pixels": float(rows * blocks),
+                "weights": float(features * outputs),
+            }
+        )
+
+    @classmethod
+    def of_convolution(
+        cls,
+        *,
+        pixels: int,
+        in_pixels: int,
+        channels: int,
+        outputs: int,
+        positions: int,
+        blocks: int,
+        residual: bool = False,
+    ) -> Work:
+        """A convolution.
+
+        Args:
+            pixels: of the output, all images together.
+            in_pixels: of the input.
+            channels: input channels.
+            outputs: output channels.
+            positions: kernel height times width.
+            blocks: blocks with a non-zero weight.
+            residual: whether a residual is added to the result.
+        """
+        columns = float(pixels) * channels * positions
+        return cls(
+            {
+                "call": 1.0,
+                "multiplications": float(pixels) * channels * positions * outputs,
+                "results": float(pixels) * outputs,
+                "weights": float(channels) * positions * outputs,
+                "columns": columns,
+                "odd_columns": columns if channels % BLOCK else 0.0,
+                "block_pixels": float(pixels) * blocks,
+                "blocks": float(blocks),
+                "channels_in": float(in_pixels) * channels,
+                "residuals": float(pixels) * outputs * residual,
+            }
+        )
+
+
+def nanoseconds(operator: str, work: Work) -> float:
+    """What an operator takes on one thread.
+
+    Args:
+        operator: a key of `COUNTS`.
+        work: how much it has to do.
+    """
+    return sum(cost * work.counts[count] for count, cost in _NANOSECONDS[operator].items())
+
+
+def residual_ns(results: int) -> float:
+    """What a sparse convolution takes longer where it adds a residual to so many results."""
+    return _NANOSECONDS["SparseConvolution"].get("residuals", 0.0) * results

@@ -1,0 +1,77 @@
+"""An integer graph becomes one with our sparse operators, which ONNX Runtime runs from our library.
+
+A network in which no layer has blocks of zeros stays as it is: it is ONNX Runtime's to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from obc_deploy.exporters.blocked_layout import to_blocked_layout
+from obc_deploy.exporters.edit import constant, drop_dead
+from obc_deploy.exporters.integer_shortcuts import drop_requantizations, pads_onto_codes
+from obc_deploy.exporters.sparse_blocks import stored_blocks
+from obc_deploy.exporters.sparse_linear import to_sparse_linears
+
+LEAST_ZEROS = 0.25
+"""Fraction of zero blocks from which a layer counts as sparse: dense ones have a few by chance."""
+
+
+@dataclass(frozen=True)
+class SparseGraph:
+    """What became of a graph.
+
+    Attributes:
+        layers: sparse layers, in order: the value each computes, and the fraction of its blocks
+            that are not stored.
+        conversions: operators that only convert between plain and blocked tensors.
+        zeros: the largest fraction of zero blocks of a layer of the graph.
+        views: nodes beside the graph that give the codes of blocked values, under the names of
+            those in the plain graph.
+    """
+
+    layers: tuple[tuple[str, float], ...] = ()
+    conversions: int = 0
+    zeros: float = 0.0
+    views: tuple[onnx.NodeProto, ...] = ()
+
+
+def zero_blocks(model: ir.Model) -> dict[str, float]:
+    """The fraction of zero blocks of each integer layer's weights, by the value it computes."""
+    found = {}
+    for node in model.graph:
+        if node.op_type not in {"QLinearConv", "QGemm", "QLinearMatMul"}:
+            continue
+        codes = constant(node.inputs[3])
+        if codes is None or codes.ndim not in (2, 4) or not codes.size:
+            continue
+        if codes.ndim == 4 and codes.shape[1] == 1:
+            continue  # depthwise: no block of it holds four weights
+        turned = codes.T if node.op_type == "QLinearMatMul" else codes
+        found[node.outputs[0].name or ""] = stored_blocks(turned).zeros
+    return found
+
+
+def to_sparse_operators(model: ir.Model) -> SparseGraph:
+    """Rewrite an integer graph for the sparse kernels, each layer as far as it gains from them.
+
+    Args:
+        model: QLinearConv and its kin, with sizes on their values; changed in place.
+    """
+    zeros = max(zero_blocks(model).values(), default=0.0)
+    if zeros < LEAST_ZEROS:
+        return SparseGraph(zeros=zeros)
+    drop_requantizations(model)
+    pads_onto_codes(model)
+    layout = to_blocked_layout(model)
+    linears = to_sparse_linears(model)
+    drop_dead(model)
+    return SparseGraph(
+        layers=(*layout.convolutions, *linears),
+        conversions=layout.conversions,
+        zeros=zeros,
+        views=layout.views,
+    )
