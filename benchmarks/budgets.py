@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from obc_deploy.benchmarks.comparison import benchmark
-from obc_deploy.benchmarks.curve import curve_of, curve_table, plot_curve
+from obc_deploy.benchmarks.curve import curve_of, curve_table, plot_curve, schemes_of
 from obc_deploy.benchmarks.record import RESULTS, take_record
-from obc_deploy.benchmarks.reference_networks import load_network, load_samples, shared_data
+from obc_deploy.benchmarks.reference_networks import load_network, load_samples, needed_shared_data
 from obc_deploy.benchmarks.table import percent
 from obc_deploy.calibrated import CalibratedModel, Stage, calibrate
 from obc_deploy.compression import CompressedModel, compress, dense_baselines
 from obc_deploy.data import Samples
 from obc_deploy.database import as_families
-from obc_deploy.errors import CalibrationError, ObcDeployError, RunDirectoryError
+from obc_deploy.errors import ObcDeployError, RunDirectoryError
 from obc_deploy.planning import Planner, PlanSettings, planner_for
 from obc_deploy.run_directory import load_run
 from obc_deploy.schemes import Scheme
@@ -104,11 +103,6 @@ def networks(
     return models
 
 
-def schemes_of(model: CompressedModel) -> Mapping[str, Scheme]:
-    """A network's schemes by layer."""
-    return {layer.name: Scheme.parse(layer.scheme) for layer in model.manifest.layers}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Make one network's curve and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,12 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         budgets = [",".join(map(str, as_budgets(text))) for text in options.budget]
-        shared = shared_data()
-        if shared is None:
-            raise CalibrationError(
-                "the trained networks and images are not here; set OBC_DEPLOY_SHARED to their "
-                "folder"
-            )
+        shared = needed_shared_data()
         target = as_target(options.target)
         test = load_samples(options.network, "test", shared)
         calibrated = calibrate(

@@ -19,12 +19,12 @@ from typing import Any
 from obc_deploy.benchmarks.comparison import benchmark
 from obc_deploy.benchmarks.measurement import Measurement
 from obc_deploy.benchmarks.record import RESULTS, take_record
-from obc_deploy.benchmarks.reference_networks import load_network, load_samples, shared_data
+from obc_deploy.benchmarks.reference_networks import load_network, load_samples, needed_shared_data
 from obc_deploy.benchmarks.statistics import wilson_interval
 from obc_deploy.benchmarks.table import markdown_table
 from obc_deploy.calibrated import CalibratedModel, calibrate
 from obc_deploy.compression import CompressedModel, compress, dense_baselines
-from obc_deploy.errors import CalibrationError, ObcDeployError
+from obc_deploy.errors import ObcDeployError
 from obc_deploy.run_directory import load_run
 from obc_deploy.targets import DEEPSPARSE
 
@@ -77,11 +77,7 @@ def evaluate(
     runtimes: list[str] | None = None,
 ) -> tuple[list[CompressedModel], list[Measurement]]:  # fmt: skip
     """Compress one network by each scheme, then measure all of them side by side."""
-    shared = shared_data()
-    if shared is None:
-        raise CalibrationError(
-            "the trained networks and images are not here; set OBC_DEPLOY_SHARED to their folder"
-        )
+    shared = needed_shared_data()
     test = load_samples(network, "test", shared)
     last = ""
 

@@ -256,6 +256,20 @@ def shared_data() -> Path | None:
     return folder if (folder / "weights").is_dir() else None
 
 
+def needed_shared_data() -> Path:
+    """The same folder, for what cannot do without it.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    folder = shared_data()
+    if folder is None:
+        raise CalibrationError(
+            "the trained networks and images are not here; set OBC_DEPLOY_SHARED to their folder"
+        )
+    return folder
+
+
 def reference_network(name: str) -> ReferenceNetwork:
     """The network of this name.
 

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from obc_deploy.benchmarks.record import RESULTS, take_record
-from obc_deploy.benchmarks.reference_networks import load_network, load_samples, shared_data
+from obc_deploy.benchmarks.reference_networks import load_network, load_samples, needed_shared_data
 from obc_deploy.benchmarks.statistics import wilson_interval
 from obc_deploy.benchmarks.table import percent
 from obc_deploy.calibrated import calibrate
 from obc_deploy.compression import compress
 from obc_deploy.database import as_families
-from obc_deploy.errors import CalibrationError, ObcDeployError
+from obc_deploy.errors import ObcDeployError
 from obc_deploy.planning import FoundPlan, Planner, PlanSettings, make_planner
 from obc_deploy.search import (
     Budget,
@@ -142,12 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = take_record("search")
     rows: list[Row] = []
     try:
-        shared = shared_data()
-        if shared is None:
-            raise CalibrationError(
-                "the trained networks and images are not here; set OBC_DEPLOY_SHARED to their "
-                "folder"
-            )
+        shared = needed_shared_data()
         calibrated = calibrate(
             load_network(options.network, shared),
             load_samples(options.network, "calib", shared),

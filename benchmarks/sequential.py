@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obc_deploy.benchmarks.record import RESULTS, take_record
-from obc_deploy.benchmarks.reference_networks import load_network, load_samples, shared_data
+from obc_deploy.benchmarks.reference_networks import load_network, load_samples, needed_shared_data
 from obc_deploy.benchmarks.statistics import wilson_interval
 from obc_deploy.benchmarks.table import percent
 from obc_deploy.calibrated import calibrate
 from obc_deploy.compression import compress
-from obc_deploy.errors import CalibrationError, ObcDeployError
+from obc_deploy.errors import ObcDeployError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,11 +80,7 @@ def compare(
     """
     import torch
 
-    shared = shared_data()
-    if shared is None:
-        raise CalibrationError(
-            "the trained networks and images are not here; set OBC_DEPLOY_SHARED to their folder"
-        )
+    shared = needed_shared_data()
     test = load_samples(network, "test", shared).take(images)
     assert test.labels is not None
     labels = torch.from_numpy(test.labels)

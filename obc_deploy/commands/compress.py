@@ -455,7 +455,7 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    scheme: o.SchemeOrBudget = None,
+    scheme: o.SchemeText = None,
     budget: o.BudgetText = None,
     max_drop: o.MaxDrop = None,
     by: o.DropMetric = o.MetricName.LATENCY,
@@ -506,7 +506,7 @@ def compress(
     work = request(
         model=model, weights=weights, calibration=calibration, evaluation=evaluation,
         data=o.DataOptions(scale, mean, std, resize, crop), samples=samples,
-        scheme=scheme or DEFAULT_SCHEME,
+        scheme=DEFAULT_SCHEME if scheme is None else scheme,
         target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
         damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,
         batch_size=batch_size, device=device, seed=seed, no_baselines=no_baselines,
@@ -532,7 +532,7 @@ def run(
     model: o.ModelName,
     calibration: o.Calibration,
     output: o.RunOutput,
-    scheme: o.SchemeText = DEFAULT_SCHEME,
+    scheme: o.SchemeText = None,
     weights: o.WeightsName = None,
     target: o.TargetName = None,
     skip: o.Skip = None,
@@ -594,7 +594,8 @@ def run(
     require_runtimes(runtime)
     work = request(
         model=model, weights=weights, calibration=calibration, evaluation=evaluation,
-        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, scheme=scheme,
+        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples,
+        scheme=DEFAULT_SCHEME if scheme is None else scheme,
         target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
         damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,
         batch_size=batch_size, device=device, seed=seed, no_baselines=no_baselines,

@@ -30,6 +30,7 @@ def _points(
     work: Compression, wish: Wish, uniform: tuple[str, ...], folder: Path, say: Stage
 ) -> tuple[dict[str, CompressedModel], dict[str, float | None]]:
     """Every network of the curve, from its run directory where it is there already."""
+    from obc_deploy.benchmarks.curve import schemes_of
     from obc_deploy.schemes import Scheme
 
     calibrated, evaluation = work.calibrate(say)
@@ -52,7 +53,7 @@ def _points(
             keep(budget, one.made_of(calibrated, evaluation, say, plan=found))
         else:
             models[budget] = known
-        predicted[budget] = _predicted(planner, _schemes(models[budget]))
+        predicted[budget] = _predicted(planner, schemes_of(models[budget]))
     for name in uniform or _usual(planner):
         schemes = planner.uniform(Scheme.parse(name))
         known = _known(folder, name)
@@ -77,12 +78,6 @@ def _known(folder: Path, name: str) -> CompressedModel | None:
         return load_run(_run(folder, name))
     except RunDirectoryError:
         return None
-
-
-def _schemes(model: CompressedModel) -> dict[str, Scheme]:
-    from obc_deploy.schemes import Scheme
-
-    return {layer.name: Scheme.parse(layer.scheme) for layer in model.manifest.layers}
 
 
 def _predicted(planner: Planner, schemes: Mapping[str, Scheme]) -> float | None:

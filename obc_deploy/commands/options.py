@@ -170,16 +170,6 @@ Crop: TypeAlias = Annotated[
     ),
 ]  # fmt: skip
 SchemeText: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--scheme",
-        "-s",
-        metavar="SCHEME",
-        help="What is done to each layer, such as block4@0.9+w8a8 (see 'obc-deploy schemes').",
-        rich_help_panel=_SCHEME,
-    ),
-]
-SchemeOrBudget: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--scheme",
