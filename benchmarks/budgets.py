@@ -12,95 +12,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from obc_deploy.benchmarks.comparison import benchmark
-from obc_deploy.benchmarks.curve import curve_of, curve_table, plot_curve, schemes_of
+from obc_deploy.benchmarks.curve import curve_of, curve_table, plot_curve
+from obc_deploy.benchmarks.curve_networks import curve_networks, predicted_speedups
 from obc_deploy.benchmarks.record import RESULTS, take_record
 from obc_deploy.benchmarks.reference_networks import load_network, load_samples, needed_shared_data
 from obc_deploy.benchmarks.table import percent
-from obc_deploy.calibrated import CalibratedModel, Stage, calibrate
-from obc_deploy.compression import CompressedModel, compress, dense_baselines
-from obc_deploy.data import Samples
+from obc_deploy.calibrated import calibrate
+from obc_deploy.compression import compress
 from obc_deploy.database import as_families
-from obc_deploy.errors import ObcDeployError, RunDirectoryError
-from obc_deploy.planning import Planner, PlanSettings, planner_for
-from obc_deploy.run_directory import load_run
-from obc_deploy.schemes import Scheme
+from obc_deploy.errors import ObcDeployError
+from obc_deploy.planning import PlanSettings, planner_for
 from obc_deploy.search import as_budgets
-from obc_deploy.targets import Target, as_target
-
-
-@dataclass(frozen=True)
-class Making:
-    """What every network of the curve is made with.
-
-    Attributes:
-        calibrated: the dense network.
-        target: where it is measured.
-        test: labelled images.
-        sequential: whether layers are calibrated on compressed inputs.
-        runs: folder of compressed networks, or None.
-        say: told what is being done.
-    """
-
-    calibrated: CalibratedModel
-    target: Target
-    test: Samples
-    sequential: bool
-    runs: Path | None
-    say: Stage
-
-    def planned(self, planner: Planner, budget: str) -> CompressedModel:
-        """A network for a budget."""
-        found = planner.find(budget, progress=self.say)
-        planner.hand_over(found.plan.schemes)
-        return compress(
-            self.calibrated, plan=found, target=self.target, evaluation=self.test,
-            sequential=self.sequential, baselines=False, progress=self.say,
-        )  # fmt: skip
-
-    def uniform(self, planner: Planner, text: str) -> CompressedModel:
-        """One scheme on every layer that can have it."""
-        schemes = planner.uniform(Scheme.parse(text))
-        planner.hand_over(schemes)
-        return compress(
-            self.calibrated, scheme=text, layer_schemes=schemes, target=self.target,
-            evaluation=self.test, sequential=self.sequential, baselines=False, progress=self.say,
-        )  # fmt: skip
-
-    def kept(self, name: str) -> Path | None:
-        """Where a network is kept."""
-        return None if self.runs is None else self.runs / name.replace(":", "-").replace(",", "_")
-
-    def known(self, name: str) -> CompressedModel | None:
-        """A network that was kept."""
-        folder = self.kept(name)
-        try:
-            return None if folder is None else load_run(folder)
-        except RunDirectoryError:
-            return None
-
-
-def networks(
-    making: Making, planner: Planner, budgets: list[str], uniform: list[str]
-) -> dict[str, CompressedModel]:
-    """Every network of the curve by name; the first has the dense ones it is measured against."""
-    models: dict[str, CompressedModel] = {}
-    for name in (*budgets, *uniform):
-        model = making.known(name)
-        if model is None:
-            print(name, file=sys.stderr, flush=True)
-            make = making.planned if name in budgets else making.uniform
-            model = make(planner, name)
-            if not models:
-                baselines = dense_baselines(making.calibrated, target=making.target)
-                model = replace(model, baselines=baselines)
-            if (folder := making.kept(name)) is not None:
-                model.save(folder)
-        models[name] = model
-    return models
+from obc_deploy.targets import as_target
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,10 +78,13 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         metrics = [one.metric for text in budgets for one in as_budgets(text)]
         planner = planner_for(calibrated, metrics, settings, target=target, progress=say)
-        making = Making(
-            calibrated, target, test.take(options.images), options.sequential, options.runs, say
+        make = partial(
+            compress, calibrated, target=target, evaluation=test.take(options.images),
+            sequential=options.sequential, progress=say,
+        )  # fmt: skip
+        models = curve_networks(
+            planner, budgets, options.uniform or [], make, folder=options.runs, progress=say
         )
-        models = networks(making, planner, budgets, options.uniform or [])
         measurements = benchmark(
             list(models.values()), runtimes=[target.name], data=test.take(options.timed),
             threads=options.threads, rounds=options.rounds, processes=3, seed=options.seed,
@@ -164,10 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     table = planner.table
-    predicted = {
-        name: None if table is None else table.speedup(schemes_of(model))
-        for name, model in models.items()
-    }
+    predicted = predicted_speedups(planner, models)
     curve = curve_of(models, predicted, measurements, target=target.name)
     error_text = (
         ""

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict
 from obc_deploy.benchmarks.measurement import Measurement
 from obc_deploy.benchmarks.table import percent, times
 from obc_deploy.errors import MeasurementError
-from obc_deploy.schemes import Scheme
 
 if TYPE_CHECKING:
     from obc_deploy.compression import CompressedModel
@@ -156,11 +155,6 @@ def _point(
         accelerated=accelerated,
         loss=None if manifest.plan is None else manifest.plan.calibration_loss,
     )
-
-
-def schemes_of(model: CompressedModel) -> dict[str, Scheme]:
-    """A network's schemes by layer."""
-    return {layer.name: Scheme.parse(layer.scheme) for layer in model.manifest.layers}
 
 
 def curve_table(curve: Curve) -> str:

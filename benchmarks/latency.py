@@ -9,7 +9,8 @@ depend on where the zeros are, not on the other weights), exported for the targe
 A layer's time at that level is its share of the end-to-end time. So layers are timed where they
 will run, between their neighbours, in the layouts and fusions that the runtime chose there; and
 what no layer owns is the fixed part, the median over all networks. A step that computes several
-layers is shared out among them by their multiply-accumulates.
+layers is shared out among them by their multiply-accumulates. Of a grid of sparsities a dozen are
+timed (`timed_levels`), the others lie between.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from obc_deploy.artifacts import Artifact
 from obc_deploy.benchmarks.interleaving import Candidate, measure_interleaved
 from obc_deploy.benchmarks.pruned_copies import pruned_copy
 from obc_deploy.benchmarks.statistics import flatten, speedup
+from obc_deploy.benchmarks.timed_levels import between, timed_levels
 from obc_deploy.calibrated import CalibratedModel, silent
 from obc_deploy.compression import CompressedModel, compress
 from obc_deploy.costs import layer_cost
@@ -173,7 +175,7 @@ def measure_table(
         inputs = _inputs(dense, settings.batch_size)
         uniform = list(_uniform_networks(few, target, levels, Path(folder), settings, say))
         dense_ms, ratios = _timed(anchor, uniform, target, inputs, settings, say)
-        rows: dict[str, dict[str, list[float]]] = {}
+        rows: dict[str, dict[Scheme, list[float]]] = {name: {} for name in levels}
         networks, fixed = [], []
         for index, network in enumerate(uniform):
             say("profiling networks", index / len(uniform))
@@ -183,7 +185,7 @@ def measure_table(
             shares = _shares(calibrated, network, target, inputs, settings)
             for name, share in shares.items():
                 scheme = network.schemes[name]
-                rows.setdefault(name, {}).setdefault(str(scheme), []).append(share * whole)
+                rows[name].setdefault(scheme, []).append(share * whole)
             layers_ms = whole * math.fsum(shares.values())
             fixed.append(whole - layers_ms)
             networks.append(TimedNetwork(scheme=str(network.scheme), ms=whole, layers_ms=layers_ms))
@@ -198,8 +200,13 @@ def measure_table(
         machine=take_fingerprint().as_dict(),
         network=network_key(calibrated.layers),
         layers={
-            name: {scheme: median(times) for scheme, times in schemes.items()}
-            for name, schemes in rows.items()
+            name: {
+                str(scheme): ms
+                for scheme, ms in between(
+                    {scheme: median(times) for scheme, times in rows[name].items()}, schemes
+                ).items()
+            }
+            for name, schemes in levels.items()
         },
         fixed_ms=median(fixed),
         dense_ms=dense_ms,
@@ -218,7 +225,7 @@ def _uniform_networks(
     say: Stage,
 ) -> Iterator[_Uniform]:
     """Networks that, taken together, have every layer at every level: one a scheme."""
-    union = list(dict.fromkeys(scheme for schemes in levels.values() for scheme in schemes))
+    union = timed_levels(levels.values())
     whole: dict[Scheme, Artifact] = {}
     for index, scheme in enumerate(union):
         say("writing networks to time", index / len(union))

@@ -126,7 +126,8 @@ def compress_within(work: Compression, wish: Wish, say: Stage) -> tuple[Compress
     if wish.max_drop is None:
         found = planner.find(wish.budgets[0], progress=say)
         planner.hand_over(found.plan.schemes)
-        return work.made_of(calibrated, evaluation, say, plan=found), []
+        make = work.maker(calibrated, evaluation, say)
+        return make(plan=found, baselines=work.baselines), []
     return _within_drop(work, wish, calibrated, evaluation, planner, say)
 
 
@@ -146,11 +147,11 @@ def _within_drop(
     # The search's time is for the whole answer, not for each probe.
     searched = replace(planner.settings, search_seconds=wish.search_seconds / DEFAULT_PROBES)
     planner = replace(planner, settings=searched)
-    bare = replace(work, baselines=False)
+    made = work.maker(calibrated, evaluation, say)
 
     def make(plan: FoundPlan) -> CompressedModel:
         planner.hand_over(plan.plan.schemes)
-        return bare.made_of(calibrated, evaluation, say, plan=plan)
+        return made(plan=plan, baselines=False)
 
     (metric,) = wish.metrics
     found = fastest_within(planner, wish.max_drop, make, metric=metric)
@@ -164,7 +165,7 @@ def _within_drop(
             f"no plan loses {wish.max_drop:g} points or less: the dense network is the answer"
         )
         dense = {layer.name: DENSE for layer in calibrated.layers}
-        return work.made_of(calibrated, evaluation, say, layer_schemes=dense), notes
+        return made(layer_schemes=dense, baselines=work.baselines), notes
     if work.baselines:
         from obc_deploy.compression import dense_baselines
 
@@ -175,6 +176,7 @@ def _within_drop(
 
 def show_estimate(out: Output, work: Compression, wish: Wish) -> None:
     """Say what a search would take: time, memory and disk of its database; nothing is written."""
+    from obc_deploy.benchmarks.timed_levels import timed_levels
     from obc_deploy.planning import described, estimate, layer_choices
     from obc_deploy.search import Metric
 
@@ -185,7 +187,7 @@ def show_estimate(out: Output, work: Compression, wish: Wish) -> None:
         choices = layer_choices(calibrated, work.target, settings, latency=latency)
         expected = estimate(calibrated, choices, settings)
     count = sum(len(schemes) for schemes in choices.values())
-    networks = len({scheme for schemes in choices.values() for scheme in schemes})
+    networks = len(timed_levels(choices.values()))
     out.line(f"{work.model}: {len(choices)} layers, {count} choices")
     out.line(f"database: {described(expected)}")
     if latency:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from obc_deploy.calibrated import CalibratedModel
     from obc_deploy.compression import CompressedModel
     from obc_deploy.data import Samples
-    from obc_deploy.planning import FoundPlan
 
 DEFAULT_SCHEME = "w8a8"
 
@@ -163,38 +163,27 @@ class Compression:
             ObcDeployError: the model, the data or the schemes cannot be used.
         """
         calibrated, evaluation = self.calibrate(say)
-        return self.made_of(calibrated, evaluation, say)
+        return self.maker(calibrated, evaluation, say)(
+            scheme=self.scheme, skip=self.skip, layer_schemes=self.layer_schemes,
+            baselines=self.baselines,
+        )  # fmt: skip
 
-    def made_of(
-        self,
-        calibrated: CalibratedModel,
-        evaluation: Samples | None,
-        say: Stage,
-        *,
-        plan: FoundPlan | None = None,
-        layer_schemes: Mapping[str, Scheme] | None = None,
-    ) -> CompressedModel:
-        """Compress a calibrated model, by a plan where there is one.
+    def maker(
+        self, calibrated: CalibratedModel, evaluation: Samples | None, say: Stage
+    ) -> partial[CompressedModel]:
+        """`compress` with everything that was asked for but what the layers get.
 
         Args:
             calibrated: the model.
             evaluation: labelled samples, or None.
             say: told what is being done.
-            plan: schemes that were searched for.
-            layer_schemes: schemes of all layers, in place of those asked for.
-
-        Raises:
-            ObcDeployError: as in `compress`.
         """
         from obc_deploy.compression import compress
 
-        return compress(
+        return partial(
+            compress,
             calibrated,
-            scheme=self.scheme,
-            plan=plan,
             target=self.target,
-            skip=() if layer_schemes else self.skip,
-            layer_schemes=layer_schemes or self.layer_schemes,
             fallback=self.fallback,
             method=self.method,
             damping=self.damping,
@@ -203,7 +192,6 @@ class Compression:
             bn_reestimate=self.reestimate,
             sequential=self.sequential,
             evaluation=evaluation,
-            baselines=self.baselines,
             batch_size=self.batch_size,
             seed=self.seed,
             progress=say,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,13 +13,12 @@ from obc_deploy.commands.bench import require_runtimes
 from obc_deploy.commands.budget import Wish, planner_of
 from obc_deploy.commands.compress import Compression, request
 from obc_deploy.commands.output import Output, Stage
-from obc_deploy.errors import BudgetError, RunDirectoryError
+from obc_deploy.errors import BudgetError
 
 if TYPE_CHECKING:
     from obc_deploy.benchmarks.curve import Curve
     from obc_deploy.compression import CompressedModel
     from obc_deploy.planning import Planner
-    from obc_deploy.schemes import Scheme
 
 DEFAULT_UNIFORM = 4
 """Uniform schemes beside the plans, where none are named."""
@@ -30,66 +28,23 @@ def _points(
     work: Compression, wish: Wish, uniform: tuple[str, ...], folder: Path, say: Stage
 ) -> tuple[dict[str, CompressedModel], dict[str, float | None]]:
     """Every network of the curve, from its run directory where it is there already."""
-    from obc_deploy.benchmarks.curve import schemes_of
-    from obc_deploy.schemes import Scheme
+    from obc_deploy.benchmarks.curve_networks import curve_networks, predicted_speedups
 
     calibrated, evaluation = work.calibrate(say)
     planner = planner_of(work, wish, calibrated, say)
-    models: dict[str, CompressedModel] = {}
-    predicted: dict[str, float | None] = {}
-
-    def keep(name: str, made: CompressedModel) -> None:
-        made.save(_run(folder, name), overwrite=True)
-        models[name] = made
-
-    for place, budget in enumerate(wish.budgets):
-        say(f"point {budget}", place / len(wish.budgets))
-        known = _known(folder, budget)
-        if known is None:
-            found = planner.find(budget, progress=say)
-            planner.hand_over(found.plan.schemes)
-            # The first run keeps the dense networks that all are measured against.
-            one = replace(work, baselines=place == 0)
-            keep(budget, one.made_of(calibrated, evaluation, say, plan=found))
-        else:
-            models[budget] = known
-        predicted[budget] = _predicted(planner, schemes_of(models[budget]))
-    for name in uniform or _usual(planner):
-        schemes = planner.uniform(Scheme.parse(name))
-        known = _known(folder, name)
-        if known is None:
-            planner.hand_over(schemes)
-            one = replace(work, scheme=Scheme.parse(name), baselines=False)
-            keep(name, one.made_of(calibrated, evaluation, say, layer_schemes=schemes))
-        else:
-            models[name] = known
-        predicted[name] = _predicted(planner, schemes)
-    return models, predicted
+    models = curve_networks(
+        planner, wish.budgets, uniform or _usual(planner), work.maker(calibrated, evaluation, say),
+        folder=folder / "runs", progress=say,
+    )  # fmt: skip
+    return models, predicted_speedups(planner, models)
 
 
-def _run(folder: Path, name: str) -> Path:
-    return folder / "runs" / name.replace(":", "-").replace(",", "_")
-
-
-def _known(folder: Path, name: str) -> CompressedModel | None:
-    from obc_deploy.run_directory import load_run
-
-    try:
-        return load_run(_run(folder, name))
-    except RunDirectoryError:
-        return None
-
-
-def _predicted(planner: Planner, schemes: Mapping[str, Scheme]) -> float | None:
-    return None if planner.table is None else planner.table.speedup(schemes)
-
-
-def _usual(planner: Planner) -> list[str]:
+def _usual(planner: Planner) -> tuple[str, ...]:
     """Evenly spread uniform schemes out of what the middle layers may have."""
     widest = max(planner.space.layers, key=lambda layer: len(layer.choices))
     texts = [str(choice.scheme) for choice in widest.choices if not choice.scheme.is_dense]
     step = max(1, -(-len(texts) // DEFAULT_UNIFORM))
-    return texts[::-1][::step][::-1]
+    return tuple(texts[::-1][::step][::-1])
 
 
 def curve(
