@@ -232,19 +232,24 @@ def _uniform_networks(
         # A layer without the level gets its first one, the least that can be done to it.
         schemes = {name: scheme if scheme in own else own[0] for name, own in levels.items()}
         path = folder / str(index) / "model.onnx"
-        quantized = scheme.quantization is not None
-        dense = Scheme(None, scheme.quantization) if quantized else scheme
-        if dense not in whole:
-            plain = {name: Scheme(None, own.quantization) for name, own in schemes.items()}
+        # Where zeros choose the operators, zeros written into a file would come too late.
+        copied = scheme.quantization is not None and not target.sparse_operators
+        made_with = (
+            {name: Scheme(None, own.quantization) for name, own in schemes.items()}
+            if copied
+            else schemes
+        )
+        base = Scheme(None, scheme.quantization) if copied else scheme
+        if base not in whole:
             made = compress(
                 calibrated, scheme=DENSE, target=target, bn_reestimate=False, baselines=False,
-                layer_schemes=plain if quantized else schemes, method="magnitude",
+                layer_schemes=made_with, method="magnitude",
             )  # fmt: skip
             file = folder / f"whole-{len(whole)}" / "model.onnx"
-            whole[dense] = _export(made, target, file, settings)
-        artifact = whole[dense]
+            whole[base] = _export(made, target, file, settings)
+        artifact = whole[base]
         outputs = {layer.name: layer.output for layer in artifact.manifest.layers}
-        if quantized and scheme.pattern is not None:
+        if copied and scheme.pattern is not None:
             pruned_copy(artifact, calibrated.folded_layers, schemes, path)
         else:
             path = artifact.path

@@ -87,7 +87,7 @@ LINEARS = ((64, 10), (512, 10), (512, 512), (2048, 1000), (4096, 4096))
 
 @dataclass
 class Network:
-    """A graph with one float input, node by node."""
+    """A graph with one input, node by node."""
 
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
@@ -118,15 +118,16 @@ class Network:
         """Scale and zero point that all activations here share."""
         return [self.constant(SCALE, np.float32), self.constant(ZERO, np.uint8)]
 
-    def model(self, output: str, shape: tuple[int, ...]) -> bytes:
-        """The file's content."""
-        from onnx import TensorProto, helper
+    def model(self, output: str, shape: tuple[int, ...], dtype: Any = np.float32) -> bytes:
+        """The file's content; input and output have the same type."""
+        from onnx import helper
 
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         graph = helper.make_graph(
             self.nodes,
             "cost",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            [helper.make_tensor_value_info("x", kind, shape)],
+            [helper.make_tensor_value_info(output, kind, None)],
             self.constants,
         )
         opsets = [("", 17), (MICROSOFT, 1), (sparse.DOMAIN, sparse.DOMAIN_VERSION)]
@@ -147,7 +148,9 @@ class Case:
     work: dict[str, Work]
 
 
-def _weights(rng: np.random.Generator, shape: tuple[int, ...], zeros: float) -> npt.NDArray[Any]:
+def block_sparse_codes(
+    rng: np.random.Generator, shape: tuple[int, ...], zeros: float
+) -> npt.NDArray[Any]:
     """int8 weights whose blocks of four input channels are zero with a probability."""
     outputs, channels = shape[:2]
     codes = rng.integers(1, 40, shape) * rng.choice([-1, 1], shape)
@@ -169,7 +172,7 @@ def convolution(
 
     channels, size, kernel, stride, outputs = layer
     pad = kernel // 2
-    codes = _weights(rng, (outputs, channels, kernel, kernel), zeros)
+    codes = block_sparse_codes(rng, (outputs, channels, kernel, kernel), zeros)
     bias, scale = rng.integers(-99, 99, outputs), np.full(outputs, 0.01)
     windows: dict[str, Any] = {
         "kernel_shape": [kernel] * 2,
@@ -318,7 +321,7 @@ def linear(rng: np.random.Generator, features: int, outputs: int, zeros: float) 
     """A fully connected layer with block-sparse weights."""
     from obc_deploy.exporters.sparse_blocks import stored_blocks
 
-    codes = _weights(rng, (outputs, features), zeros)
+    codes = block_sparse_codes(rng, (outputs, features), zeros)
     scale = np.full(outputs, 0.01)
     shape = (1, features)
     plain = Network()

@@ -134,6 +134,7 @@ struct ConvolutionKernels {
     int shape_count;
     void (*run)(const ConvolutionPlan&, const BlockedTensors&, int64_t first, int64_t last,
                 void* scratch);
+    int64_t (*products_alone)(int64_t rounds);  // in registers; how many: the processor's limit
 };
 
 extern const ConvolutionKernels kPortableConvolution;

@@ -43,6 +43,7 @@ struct Lanes {
     static constexpr int kPixels = 8;
     static constexpr int kPixelBytes = TilePixels::kBytes;
     static constexpr int kWeightBytes = 8;
+    static constexpr bool kOneInstruction = false;  // add_products
     static constexpr int kSumBytes = 8;
     static constexpr int kCacheBytes = 24 * 1024;
 

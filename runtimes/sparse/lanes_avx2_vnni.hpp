@@ -7,6 +7,7 @@ struct Lanes {
     static constexpr int kPixels = 8;
     static constexpr int kPixelBytes = TilePixels::kBytes;
     static constexpr int kWeightBytes = 4;
+    static constexpr bool kOneInstruction = true;  // add_products
     static constexpr int kSumBytes = 4;
     static constexpr int kCacheBytes = 24 * 1024;
 

@@ -153,6 +153,7 @@ struct Lanes {
     static constexpr int kPixels = 16;
     static constexpr int kPixelBytes = TilePixels::kBytes;
     static constexpr int kWeightBytes = 4;
+    static constexpr bool kOneInstruction = true;  // add_products
     static constexpr int kSumBytes = 4;
     static constexpr int kCacheBytes = 24 * 1024;
 

@@ -159,6 +159,7 @@ struct Lanes {
     static constexpr int kPixels = Codes::kLanes;
     static constexpr int kPixelBytes = TilePixels::kBytes;
     static constexpr int kWeightBytes = 4;
+    static constexpr bool kOneInstruction = false;  // add_products
     static constexpr int kSumBytes = 4;
     static constexpr int kCacheBytes = 24 * 1024;
 

@@ -138,6 +138,11 @@ int64_t obc_sparse_use_instruction_set(const char* name) {
     return 1;
 }
 
+// Multiplies blocks with pixels in registers alone; returns how many pairs of them.
+int64_t obc_sparse_products_alone(int64_t rounds) {
+    return instruction_set().convolution->products_alone(rounds);
+}
+
 #pragma GCC visibility pop
 }  // extern "C"
 

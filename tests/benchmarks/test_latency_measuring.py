@@ -8,19 +8,24 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 from tiny_networks import Plain, Residual, build, samples
+from torch import nn
+from torch.nn import functional
 
+from obc_deploy.benchmarks import latency
 from obc_deploy.benchmarks.latency import LatencySettings, latency_table, layer_shares
 from obc_deploy.benchmarks.pruned_copies import pruned_copy
 from obc_deploy.calibrated import calibrate
 from obc_deploy.compression import compress
 from obc_deploy.errors import LatencyError
 from obc_deploy.latency import read_table
+from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Audit, AuditedLayer
 from obc_deploy.runtimes.contract import LayerProfile
 from obc_deploy.schemes import Scheme
-from obc_deploy.targets import DEEPSPARSE, ONNXRUNTIME, ONNXRUNTIME_QOPERATOR
+from obc_deploy.targets import DEEPSPARSE, ONNXRUNTIME, ONNXRUNTIME_QOPERATOR, ORT_SPARSE
 
 QUICK = LatencySettings(threads=1, rounds=1)
 W8A8, SPARSE = Scheme.parse("w8a8"), Scheme.parse("2:4+w8a8")
@@ -166,3 +171,35 @@ def test_codes_that_are_not_there_are_missed(calibrated, tmp_path: Path) -> None
     schemes = {layer.name: SPARSE for layer in calibrated.layers}
     with pytest.raises(LatencyError, match="no integer codes"):
         pruned_copy(replace(artifact), calibrated.folded_layers, schemes, tmp_path / "copy.onnx")
+
+
+class Wide(nn.Module):
+    """Convolutions that are large enough to gain from zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 64, 3, padding=1)
+        self.second = nn.Conv2d(64, 64, 3, padding=1)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = functional.relu(self.second(functional.relu(self.first(x))))
+        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.skipif(not sparse.is_available(), reason="the sparse kernels are not built")
+def test_sparse_levels_are_timed_on_the_sparse_operators(tmp_path: Path) -> None:
+    """The choice of operators is part of the level: a copy of the dense file would not have it."""
+    wide = calibrate(Wide().eval(), torch.randn(8, 3, 16, 16))
+    scheme = Scheme.parse("block4@0.9+w8a8")
+    levels = {layer.name: (W8A8, scheme) for layer in wide.layers if layer.name == "second"}
+    levels |= {layer.name: (W8A8,) for layer in wide.layers if layer.name != "second"}
+    dense, pruned = latency._uniform_networks(
+        wide, ORT_SPARSE, levels, tmp_path, QUICK, lambda *_: None
+    )
+    found = [
+        {node.op_type for node in onnx.load(each.path).graph.node if node.domain == sparse.DOMAIN}
+        for each in (dense, pruned)
+    ]
+    assert "SparseConvolution" not in found[0]
+    assert "SparseConvolution" in found[1]

@@ -1,0 +1,498 @@
+"""Our sparse convolutions beside ONNX Runtime's dense int8, DeepSparse, and the processor's limit.
+
+    python -m obc_deploy.benchmarks.sparse_kernels
+
+All distinct convolutions of ResNet-50 and VGG-16 and MobileNet-v2's 1x1 ones, at 224 pixels, with 0
+to 95 % of their blocks zero at random. For each shape there is one session of ONNX Runtime's
+QLinearConv and one of our SparseConvolution a sparsity; they take turns in one process, and ONNX
+Runtime's trace says how long the operator itself took. Outputs are compared first, bit for bit. In
+the same turns a loop of products in registers alone measures the limit:
+
+    share of the limit = non-zero blocks x output pixels / (time x products in registers a second)
+
+DeepSparse runs the same weights in its own process between the turns, and its own profile says how
+long the convolution took. Ratios are medians over turns. Writes `results/sparse-kernels` as JSON
+and Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from obc_deploy.benchmarks.record import RESULTS, take_record
+from obc_deploy.benchmarks.sparse_layer_costs import (
+    GRID,
+    OUTPUT,
+    ZERO,
+    Network,
+    block_sparse_codes,
+)
+from obc_deploy.errors import MeasurementError, ObcDeployError
+from obc_deploy.exporters.sparse_blocks import stored_blocks
+from obc_deploy.runtimes import sparse
+
+ZEROS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+CHECKED = 0.8
+"""The sparsity of the weights that ONNX Runtime gets too; zeros cost it what others do."""
+DEEPSPARSE_ZEROS = (0.7, 0.8, 0.9)
+RATE_ROUNDS = 4000
+"""Of the loop in registers, at each turn: some hundred microseconds."""
+PROFILED = 20
+"""Inferences of each of DeepSparse's profiles."""
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """A square convolution with padding that keeps the size, but for the stride.
+
+    Attributes:
+        network: where it is from.
+        channels: of the input.
+        size: height and width of the input.
+        kernel: height and width of the kernel.
+        stride: both ways.
+        outputs: channels of the output.
+    """
+
+    network: str
+    channels: int
+    size: int
+    kernel: int
+    stride: int
+    outputs: int
+
+    def __str__(self) -> str:
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        window = f"{self.kernel}x{self.kernel}{stride}"
+        return f"{self.channels}x{self.size}x{self.size} {window} {self.outputs}"
+
+    @property
+    def pad(self) -> int:
+        """On each side."""
+        return self.kernel // 2
+
+    @property
+    def pixels(self) -> int:
+        """Of the output."""
+        return ((self.size + 2 * self.pad - self.kernel) // self.stride + 1) ** 2
+
+
+def shapes_of(network: str, size: int = 224) -> list[Shape]:
+    """A torchvision network's distinct convolutions without groups, and not on the image itself.
+
+    Args:
+        network: its name; of "mobilenet_v2" only the 1x1 ones.
+        size: height and width of the image.
+    """
+    import torch
+    import torchvision
+
+    found: dict[Shape, None] = {}
+
+    def see(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        assert isinstance(module, torch.nn.Conv2d)
+        x, kernel = inputs[0], module.kernel_size[0]
+        if module.groups > 1 or x.shape[1] == 3 or (network == "mobilenet_v2" and kernel > 1):
+            return
+        stride = int(module.stride[0])
+        found[Shape(network, x.shape[1], x.shape[2], kernel, stride, module.out_channels)] = None
+
+    model = torchvision.models.get_model(network, weights=None).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(see)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    return list(found)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution's weights at one sparsity.
+
+    Attributes:
+        shape: the convolution.
+        codes: (outputs, channels, kernel, kernel) int8.
+        bias: (outputs,) int32.
+    """
+
+    shape: Shape
+    codes: npt.NDArray[Any]
+    bias: npt.NDArray[Any]
+
+    @property
+    def windows(self) -> dict[str, Any]:
+        """Attributes of a convolution node."""
+        shape = self.shape
+        return {
+            "kernel_shape": [shape.kernel] * 2,
+            "strides": [shape.stride] * 2,
+            "pads": [shape.pad] * 4,
+        }
+
+    @property
+    def scale(self) -> float:
+        """Of the weights: outputs use most of their range."""
+        deviation = float(self.codes.std()) * 60.0 * math.sqrt(self.codes[0].size)
+        return 40.0 / max(deviation, 1.0)
+
+    def plain(self, batch: int) -> bytes:
+        """ONNX Runtime's operator on uint8 codes."""
+        network = Network()
+        grid = network.grid()
+        weight = [network.constant(self.codes, np.int8), network.constant(self.scale, np.float32)]
+        weight += [network.constant(0, np.int8), *grid, network.constant(self.bias, np.int32)]
+        y = network.add("QLinearConv", ["x", *grid, *weight], **self.windows)
+        return network.model(y, self._input(batch), np.uint8)
+
+    def blocked(self, batch: int) -> bytes:
+        """Ours."""
+        shape, network, stored = self.shape, Network(), stored_blocks(self.codes)
+        x = network.own("ToBlocks", ["x"], border=shape.pad, zero_point=ZERO)
+        parts = [network.constant(stored.values, np.int8)]
+        parts.append(network.constant(stored.block_index, np.int32))
+        parts.append(network.constant(stored.row_start, np.int32))
+        parts.append(network.constant([self.scale], np.float32))
+        parts.append(network.constant(self.bias, np.int32))
+        y = network.own(
+            "SparseConvolution", [x, *parts], channels=shape.channels, input_border=shape.pad,
+            **self.windows, **GRID, **OUTPUT,
+        )  # fmt: skip
+        out = network.own("FromBlocks", [y], channels=shape.outputs)
+        return network.model(out, self._input(batch), np.uint8)
+
+    def between_floats(self, batch: int) -> bytes:
+        """ONNX Runtime's operator between quantizers, as DeepSparse wants it."""
+        network = Network()
+        grid = network.grid()
+        x = network.add("QuantizeLinear", ["x", *grid])
+        weight = [network.constant(self.codes, np.int8), network.constant(self.scale, np.float32)]
+        weight += [network.constant(0, np.int8), *grid, network.constant(self.bias, np.int32)]
+        y = network.add("QLinearConv", [x, *grid, *weight], **self.windows)
+        out = network.add("DequantizeLinear", [y, *grid])
+        return network.model(out, self._input(batch), np.float32)
+
+    @property
+    def block_pixels(self) -> float:
+        """Non-zero blocks times output pixels of one image."""
+        return float(len(stored_blocks(self.codes).values) * self.shape.pixels)
+
+    def _input(self, batch: int) -> tuple[int, ...]:
+        return (batch, self.shape.channels, self.shape.size, self.shape.size)
+
+
+def layer_of(shape: Shape, zeros: float, seed: int = 0) -> Layer:
+    """Random weights, a share of whose blocks is zero."""
+    rng = np.random.default_rng(seed)
+    weights = (shape.outputs, shape.channels, shape.kernel, shape.kernel)
+    codes = block_sparse_codes(rng, weights, zeros)
+    return Layer(shape, codes, rng.integers(-99, 99, shape.outputs))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One convolution at one sparsity.
+
+    Attributes:
+        network: where the shape is from.
+        shape: the shape in words.
+        batch: images.
+        threads: of both runtimes.
+        zeros: share of blocks that are zero.
+        dense_us: ONNX Runtime's QLinearConv, us.
+        sparse_us: our SparseConvolution, us.
+        speedup: the former over the latter, median of the turns' ratios.
+        share_of_limit: of the products in registers that the processor could do meanwhile; None
+            without VNNI.
+        deepsparse_us: DeepSparse's convolution of the same weights, us; None where it was not run.
+        over_deepsparse: DeepSparse's time over ours, median of the turns' ratios.
+    """
+
+    network: str
+    shape: str
+    batch: int
+    threads: int
+    zeros: float
+    dense_us: float
+    sparse_us: float
+    speedup: float
+    share_of_limit: float | None
+    deepsparse_us: float | None = None
+    over_deepsparse: float | None = None
+
+
+class TracedSession:
+    """A session whose operator times are read from ONNX Runtime's trace when it is closed."""
+
+    def __init__(self, content: bytes, operator: str, threads: int, folder: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        options.profile_file_prefix = str(folder / operator)
+        options.register_custom_ops_library(str(sparse.library_path()))
+        self._operator = operator
+        self._session = onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """One inference."""
+        found: npt.NDArray[Any] = self._session.run(None, {"x": x})[0]
+        return found
+
+    def microseconds(self) -> list[float]:
+        """The operator's time in each inference; ends the session."""
+        trace = Path(self._session.end_profiling())
+        taken = [
+            float(event["dur"])
+            for event in json.loads(trace.read_text(encoding="utf-8"))
+            if event.get("cat") == "Node"
+            and event["name"].endswith("_kernel_time")
+            and event["args"]["op_name"] == self._operator
+        ]
+        trace.unlink()
+        return taken
+
+
+def products_a_microsecond() -> float:
+    """Pairs of a block and a pixel that one thread multiplies in registers; 0 without VNNI."""
+    begin = time.perf_counter()
+    products = sparse.products_alone(RATE_ROUNDS)
+    return products / (time.perf_counter() - begin) / 1e6
+
+
+def measure(
+    shape: Shape, batch: int, threads: int, *, turns: int, inferences: int, deepsparse: bool
+) -> list[Row]:
+    """All sparsities of one shape.
+
+    Args:
+        shape: the convolution.
+        batch: images.
+        threads: of both runtimes.
+        turns: in which sessions are run one after the other.
+        inferences: of each session in a turn; the first of them is not counted.
+        deepsparse: compare with it too.
+
+    Raises:
+        MeasurementError: our operator's codes are not ONNX Runtime's.
+        RuntimeFailedError: DeepSparse refused a graph.
+    """
+    layers = {zeros: layer_of(shape, zeros) for zeros in ZEROS}
+    inputs = (batch, shape.channels, shape.size, shape.size)
+    x = np.random.default_rng(1).integers(0, 256, inputs, dtype=np.uint8)
+    rates: list[float] = []
+    profiles: dict[float, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="obc-kernels-") as name, ExitStack() as stack:
+        folder = Path(name)
+        dense = TracedSession(layers[CHECKED].plain(batch), "QLinearConv", threads, folder)
+        ours = {
+            zeros: TracedSession(layer.blocked(batch), "SparseConvolution", threads, folder)
+            for zeros, layer in layers.items()
+        }
+        if not np.array_equal(dense.run(x), ours[CHECKED].run(x)):
+            raise MeasurementError(f"{shape}: our codes are not ONNX Runtime's; nothing was timed")
+        others = _deepsparse_sessions(layers, batch, threads, folder, stack) if deepsparse else {}
+        floats = {"x": ((x.astype(np.float32) - ZERO) * np.float32(0.05))} if others else {}
+        for _ in range(turns):
+            rates.append(products_a_microsecond())
+            for session in (dense, *ours.values()):
+                for _ in range(inferences):
+                    session.run(x)
+            rates.append(products_a_microsecond())
+            for zeros, session in others.items():
+                profile = session.profile(floats, iterations=PROFILED)
+                ms = max(
+                    step.ms for step in profile.layers if step.native and _convolves(step.kind)
+                )
+                profiles.setdefault(zeros, []).append(1e3 * ms)
+        dense_turns = _turns(dense.microseconds()[1:], turns, inferences)
+        rows = []
+        for zeros, session in ours.items():
+            checked = int(zeros == CHECKED)
+            taken = _turns(session.microseconds()[checked:], turns, inferences)
+            rows.append(
+                _row(shape, batch, threads, layers[zeros], zeros, dense_turns, taken, rates,
+                     profiles.get(zeros))
+            )  # fmt: skip
+    return rows
+
+
+def _deepsparse_sessions(
+    layers: Mapping[float, Layer], batch: int, threads: int, folder: Path, stack: ExitStack
+) -> dict[float, Any]:
+    from obc_deploy.runtimes.session import open_session
+
+    found = {}
+    for zeros in DEEPSPARSE_ZEROS:
+        file = folder / f"{zeros}.onnx"
+        file.write_bytes(layers[zeros].between_floats(batch))
+        found[zeros] = stack.enter_context(
+            open_session("deepsparse", file, threads=threads, batch_size=batch)
+        )
+    return found
+
+
+def _convolves(kind: str) -> bool:
+    """Whether a step of DeepSparse's profile is the convolution and not a change of layout."""
+    return "convolution" in kind or "pyramid" in kind or "gemm" in kind
+
+
+def _turns(taken: list[float], turns: int, inferences: int) -> list[float]:
+    """Median of each turn's times, its first inference aside."""
+    return [median(taken[turn * inferences + 1 : (turn + 1) * inferences]) for turn in range(turns)]
+
+
+def _row(
+    shape: Shape,
+    batch: int,
+    threads: int,
+    layer: Layer,
+    zeros: float,
+    dense: Sequence[float],
+    ours: Sequence[float],
+    rates: Sequence[float],
+    deepsparse: Sequence[float] | None,
+) -> Row:
+    # A turn's rate is the mean of those before and behind it.
+    around = [(rates[2 * turn] + rates[2 * turn + 1]) / 2 for turn in range(len(ours))]
+    work = layer.block_pixels * batch
+    shares = [
+        work / us / (rate * threads) for us, rate in zip(ours, around, strict=True) if rate > 0.0
+    ]
+    return Row(
+        network=shape.network, shape=str(shape), batch=batch, threads=threads, zeros=zeros,
+        dense_us=median(dense), sparse_us=median(ours),
+        speedup=median(d / s for d, s in zip(dense, ours, strict=True)),
+        share_of_limit=median(shares) if shares else None,
+        deepsparse_us=None if deepsparse is None else median(deepsparse),
+        over_deepsparse=None
+        if deepsparse is None
+        else median(d / s for d, s in zip(deepsparse, ours, strict=True)),
+    )  # fmt: skip
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Exp of the mean logarithm."""
+    found = list(values)
+    return math.exp(math.fsum(map(math.log, found)) / len(found))
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Geometric means over shapes, a line for each batch, number of threads and sparsity."""
+    lines = [
+        "| batch | threads | zero blocks | over ONNX Runtime int8 | slowest | fastest | "
+        "over DeepSparse | share of the VNNI limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((row.batch, row.threads, row.zeros) for row in rows):
+        mine = [row for row in rows if (row.batch, row.threads, row.zeros) == key]
+        speedups = [row.speedup for row in mine]
+        shares = [row.share_of_limit for row in mine if row.share_of_limit is not None]
+        over = [row.over_deepsparse for row in mine if row.over_deepsparse is not None]
+        lines.append(
+            f"| {key[0]} | {key[1]} | {100 * key[2]:.0f} % | {geometric_mean(speedups):.2f}x | "
+            f"{min(speedups):.2f}x | {max(speedups):.2f}x | "
+            f"{f'{geometric_mean(over):.2f}x' if over else '-'} | "
+            f"{f'{100 * geometric_mean(shares):.0f} %' if shares else '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def details(rows: Sequence[Row]) -> str:
+    """Each shape's speedups over ONNX Runtime by sparsity, and its shares of the limit."""
+    columns = list(dict.fromkeys(row.zeros for row in rows))
+    lines = [
+        "| network | shape | batch | threads | dense, us | "
+        + " | ".join(f"{100 * zeros:.0f} %" for zeros in columns)
+        + " | limit at 80 and 90 % |",
+        "|---|---|---|---|---|" + "---|" * (len(columns) + 1),
+    ]
+    for key in dict.fromkeys((row.network, row.shape, row.batch, row.threads) for row in rows):
+        mine = [row for row in rows if (row.network, row.shape, row.batch, row.threads) == key]
+        shares = [
+            f"{100 * row.share_of_limit:.0f} %"
+            for row in mine
+            if row.zeros in (0.8, 0.9) and row.share_of_limit is not None
+        ]
+        cells = [*map(str, key), f"{mine[0].dense_us:.0f}"]
+        cells += [f"{row.speedup:.2f}x" for row in mine] + [", ".join(shares) or "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all shapes and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--network", action="append", help="torchvision name; default resnet50, vgg16, mobilenet_v2"
+    )
+    parser.add_argument("--batch", type=int, action="append", help="default 1 and 8")
+    parser.add_argument("--threads", type=int, action="append", help="default 1 and 2")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--inferences", type=int, default=6, help="of each session in a turn")
+    parser.add_argument(
+        "--deepsparse", action="store_true", help="compare with it, in batches of 1"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if not sparse.is_available():
+        print(f"error: the sparse kernels are missing: {sparse.why_missing()}", file=sys.stderr)
+        return 2
+    record = take_record("sparse_kernels")
+    names = options.network or ["resnet50", "vgg16", "mobilenet_v2"]
+    shapes = [shape for name in names for shape in shapes_of(name)]
+    cases = [
+        (shape, batch, threads)
+        for threads in options.threads or (1, 2)
+        for batch in options.batch or (1, 8)
+        for shape in shapes
+    ]
+    rows: list[Row] = []
+    begin = time.monotonic()
+    try:
+        for place, (shape, batch, threads) in enumerate(cases):
+            rows += measure(
+                shape, batch, threads, turns=options.turns, inferences=options.inferences,
+                deepsparse=options.deepsparse and batch == 1 and threads == 1,
+            )  # fmt: skip
+            left = (time.monotonic() - begin) / (place + 1) * (len(cases) - place - 1)
+            print(
+                f"{place + 1}/{len(cases)} {shape.network} {shape} batch {batch}, "
+                f"{threads} threads; {left / 60:.1f} min left",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    except ObcDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    text = (
+        f"# Sparse convolutions\n\n{record.head}, {sparse.instruction_set()}; int8, "
+        f"{options.turns} turns of {options.inferences - 1} counted inferences of each operator; "
+        f"{len(shapes)} shapes at 224 pixels.\n\nGeometric means over the shapes:\n\n"
+        f"{summary(rows)}\n\nEach shape, speedup over ONNX Runtime's dense int8 by share of zero "
+        f"blocks:\n\n{details(rows)}\n"
+    )
+    results = {"instruction_set": sparse.instruction_set(), "rows": [asdict(row) for row in rows]}
+    record.write(options.output, "sparse-kernels", results, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The benchmark of our convolutions: what it measures, on shapes that take no time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from obc_deploy.benchmarks import sparse_kernels
+from obc_deploy.benchmarks.sparse_kernels import (
+    ZEROS,
+    Row,
+    Shape,
+    details,
+    geometric_mean,
+    layer_of,
+    measure,
+    shapes_of,
+    summary,
+)
+from obc_deploy.errors import MeasurementError
+from obc_deploy.runtimes import sparse
+
+SMALL = Shape("small", 16, 8, 3, 1, 16)
+needs_kernels = pytest.mark.skipif(
+    not sparse.is_available(), reason=f"sparse kernels: {sparse.why_missing() or 'there'}"
+)
+
+
+def test_every_distinct_convolution_of_resnet50() -> None:
+    """Blocks of 64, 128, 256 and 512 channels at 56, 28, 14 and 7 pixels, in numbers."""
+    found = shapes_of("resnet50")
+    assert len(found) == len(set(found)) == 22
+    assert Counter(shape.kernel for shape in found) == {1: 15, 3: 7}
+    assert {shape.size for shape in found} == {56, 28, 14, 7}
+    assert Shape("resnet50", 512, 7, 3, 1, 512) in found
+    assert all(shape.kernel == 1 for shape in shapes_of("mobilenet_v2", 64))
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_weights_have_their_share_of_zero_blocks(zeros: float) -> None:
+    layer = layer_of(Shape("small", 64, 8, 3, 1, 64), zeros)
+    blocks = layer.codes.reshape(64, 16, 4, 3, 3).any(axis=2)
+    assert 1.0 - blocks.mean() == pytest.approx(zeros, abs=0.02)
+    assert layer.block_pixels == blocks.sum() * 64
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [SMALL, Shape("small", 10, 9, 1, 2, 12)])
+def test_a_row_for_each_sparsity(shape: Shape, threads: int) -> None:
+    rows = measure(shape, 2, threads, turns=2, inferences=3, deepsparse=False)
+    assert [row.zeros for row in rows] == list(ZEROS)
+    for row in rows:
+        assert row.dense_us > 0.0
+        assert row.sparse_us > 0.0
+        assert row.deepsparse_us is None
+        vnni = "vnni" in sparse.instruction_set()
+        assert (row.share_of_limit is not None) == vnni
+        assert row.share_of_limit is None or 0.0 < row.share_of_limit < 1.0
+    assert summary(rows).count("\n") == len(ZEROS) + 1
+    assert details(rows).count("\n") == 2
+
+
+@needs_kernels
+def test_wrong_codes_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_more = sparse_kernels.Layer.blocked
+
+    def wrong(self: sparse_kernels.Layer, batch: int) -> bytes:
+        return one_more(sparse_kernels.Layer(self.shape, self.codes, self.bias + 3000), batch)
+
+    monkeypatch.setattr(sparse_kernels.Layer, "blocked", wrong)
+    with pytest.raises(MeasurementError, match="our codes are not ONNX Runtime's"):
+        measure(SMALL, 1, 1, turns=1, inferences=2, deepsparse=False)
+
+
+def test_means_are_over_shapes_and_geometric() -> None:
+    rows = [
+        Row("net", f"shape {n}", 1, 1, zeros, 100.0, 100.0 / s, s, 0.2 * n)
+        for zeros, speedups in ((0.5, (1.0, 4.0)), (0.9, (2.0, 8.0)))
+        for n, s in enumerate(speedups, 1)
+    ]
+    lines = summary(rows).splitlines()
+    assert "| 50 % | 2.00x | 1.00x | 4.00x | - | 28 % |" in lines[2]
+    assert "| 90 % | 4.00x | 2.00x | 8.00x | - | 28 % |" in lines[3]
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert math.isclose(geometric_mean(np.full(3, 5.0)), 5.0)
+
+
+@needs_kernels
+def test_products_alone_counts_what_it_multiplies() -> None:
+    """Twice the rounds are twice the products; without VNNI there is no such limit."""
+    one, two = sparse.products_alone(10), sparse.products_alone(20)
+    assert two == 2 * one
+    assert (one > 0) == ("vnni" in sparse.instruction_set())
+    with sparse.use_instruction_set("portable"):
+        assert sparse.products_alone(10) == 0
