@@ -7,10 +7,12 @@ depend on where the zeros are, not on the other weights), exported for the targe
     profiled    step by step by the runtime itself, as shares of the whole
 
 A layer's time at that level is its share of the end-to-end time. So layers are timed where they
-will run, between their neighbours, in the layouts and fusions that the runtime chose there; and
-what no layer owns is the fixed part, the median over all networks. A step that computes several
-layers is shared out among them by their multiply-accumulates. Of a grid of sparsities a dozen are
-timed (`timed_levels`), the others lie between.
+will run, between their neighbours, in the layouts and fusions that the runtime chose there. Steps
+between layers (additions, pools, changes of layout) count with the layer that ran before them: a
+sparse kernel may add the shortcut itself, where a dense one leaves it to another operator. What
+runs before the first layer is the fixed part, the median over all networks. A step that computes
+several layers is shared out among them by their multiply-accumulates. Of a grid of sparsities a
+dozen are timed (`timed_levels`), the others lie between.
 """
 
 from __future__ import annotations
@@ -333,16 +335,18 @@ def _shares(
 def layer_shares(
     found: Audit, outputs: Mapping[str, str], macs: Mapping[str, float]
 ) -> dict[str, float]:
-    """Each layer's share of the time of all steps.
+    """Each layer's share of the time of all steps; what runs before the first layer is no one's.
+
+    A step that computes no layer (an addition, a change of layout) goes to the layer that ran last
+    before it: whether it is there, and how long it takes, depends on how that layer is computed.
 
     Args:
-        found: how the runtime ran the network.
+        found: how the runtime ran the network, its steps in the order in which they ran.
         outputs: layer name to the ONNX value that its node computes.
         macs: layer name to multiply-accumulates: a step's time is shared out by them among the
             layers that it computes.
     """
     whole = math.fsum(step.ms for step in found.steps)
-    times = {step.name: step.ms for step in found.steps}
     layers = {value: layer for layer in reversed(found.layers) for value in layer.outputs[1:]}
     layers.update({layer.outputs[0]: layer for layer in found.layers})
     of_step: dict[str, list[str]] = {}
@@ -351,9 +355,11 @@ def layer_shares(
         if layer is not None and layer.step is not None:
             of_step.setdefault(layer.step, []).append(name)
     shares = dict.fromkeys(outputs, 0.0)
-    for step, names in of_step.items():
-        together = math.fsum(macs[name] for name in names)
-        for name in names:
-            part = macs[name] / together if together > 0.0 else 1.0 / len(names)
-            shares[name] = part * times.get(step, 0.0) / whole if whole > 0.0 else 0.0
+    owners: list[str] = []
+    for step in found.steps:
+        owners = of_step.get(step.name, owners)
+        together = math.fsum(macs[name] for name in owners)
+        for name in owners:
+            part = macs[name] / together if together > 0.0 else 1.0 / len(owners)
+            shares[name] += part * step.ms / whole if whole > 0.0 else 0.0
     return shares

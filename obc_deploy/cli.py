@@ -1,7 +1,7 @@
 """`obc-deploy`: the command line. It parses, calls and prints; what it calls does the work.
 
     obc-deploy compress MODEL --calibration DATA --scheme "block4@0.9+w8a8" -o RUN
-    obc-deploy export RUN --target deepsparse
+    obc-deploy export RUN
     obc-deploy bench RUN
 
 An error is one line on stderr and exit code 2 (3: slower than dense; 130: interrupted).
@@ -68,27 +68,26 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
         compress.compress,
         _examples(
             "obc-deploy compress torchvision:resnet18 --weights resnet18.pth -c photos/ "
-            "-s block4@0.9+w8a8 --skip conv1 -t deepsparse -o runs/resnet18",
+            "-s block4@0.9+w8a8 --skip conv1 -o runs/resnet18",
             "obc-deploy compress mypackage.models:make_net -c calibration.npz -s w8a8 "
             "--layer head=w4g128 --eval test.npz -o runs/net",
             "obc-deploy compress net.pt2 -c calibration.npz -s 2:4+w8a8 --fallback w8a8 --dry-run",
-            "obc-deploy compress net.pt2 -c calibration.npz -t deepsparse --budget latency:4x "
-            "-o runs/net",
-            "obc-deploy compress net.pt2 -c calibration.npz --eval test.npz -t deepsparse "
-            "--max-drop 1.0 -o runs/net",
+            "obc-deploy compress net.pt2 -c calibration.npz --budget latency:4x -o runs/net",
+            "obc-deploy compress net.pt2 -c calibration.npz --eval test.npz --max-drop 1.0 "
+            "-t deepsparse -o runs/net",
         ),
     ),
     (
         curve.curve,
         _examples(
-            "obc-deploy curve net.pt2 -c calibration.npz --eval test.npz -t deepsparse "
-            "-b latency:2x -b latency:4x -b latency:6x -o curves/net",
+            "obc-deploy curve net.pt2 -c calibration.npz --eval test.npz -b latency:2x "
+            "-b latency:4x -b latency:6x -o curves/net",
         ),
     ),
     (
         export.export,
         _examples(
-            "obc-deploy export runs/net --target deepsparse",
+            "obc-deploy export runs/net",
             "obc-deploy export runs/net -t onnxruntime -o net.onnx --dynamic-batch",
         ),
     ),

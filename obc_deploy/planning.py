@@ -420,7 +420,7 @@ def planner_for(
         if target is None:
             raise BudgetError(
                 "a latency budget needs a target to measure on; add --target, such as "
-                "--target deepsparse"
+                "--target ort-sparse"
             )
         # Measuring runs artifacts, which the core does not know how to do.
         from obc_deploy.benchmarks.latency import LatencySettings, latency_table

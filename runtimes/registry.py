@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from obc_deploy.errors import RuntimeMissingError
-from obc_deploy.runtimes import deepsparse, onnxruntime_cpu
+from obc_deploy.runtimes import deepsparse, onnxruntime_cpu, sparse
 from obc_deploy.runtimes.contract import Runtime, RuntimeInfo
+from obc_deploy.targets import ONNXRUNTIME, ORT_SPARSE, Target
 
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime for runtime in (onnxruntime_cpu.RUNTIME, deepsparse.RUNTIME)
@@ -43,3 +44,8 @@ def require_runtime(name: str) -> RuntimeInfo:
     if not info.works or info.python is None:
         raise RuntimeMissingError(f"{info.title}: {info.reason}; run: {info.install_command}")
     return info
+
+
+def default_target() -> Target:
+    """Where a network is to run if nobody says: on our sparse kernels where they are built."""
+    return ORT_SPARSE if sparse.is_available() else ONNXRUNTIME

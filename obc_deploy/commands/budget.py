@@ -196,7 +196,7 @@ def show_estimate(out: Output, work: Compression, wish: Wish) -> None:
     out.results(
         {
             "model": work.model,
-            "target": None if work.target is None else work.target.name,
+            "target": work.target.name,
             "budgets": list(wish.budgets),
             "max_drop": wish.max_drop,
             "choices": {name: [str(one) for one in schemes] for name, schemes in choices.items()},

@@ -63,7 +63,7 @@ class Compression:
         data: how samples are read.
         samples: most calibration samples to take.
         scheme: what every layer gets.
-        target: where it is to run, or None.
+        target: where it is to run.
         skip: patterns of layers that stay dense.
         layer_schemes: schemes by layer pattern.
         fallback: scheme of layers that `scheme` does not divide.
@@ -86,7 +86,7 @@ class Compression:
     data: o.DataOptions
     samples: int
     scheme: Scheme
-    target: Target | None
+    target: Target
     skip: tuple[str, ...]
     layer_schemes: Mapping[str, Scheme]
     fallback: Scheme | None
@@ -233,6 +233,8 @@ def request(
     """
     if not math.isfinite(damping):
         raise CalibrationError(f"--damping {damping} is no share; give a number such as 0.01")
+    from obc_deploy.runtimes.registry import default_target
+
     look_here()
     return Compression(
         model=model,
@@ -242,7 +244,7 @@ def request(
         data=data,
         samples=samples,
         scheme=Scheme.parse(scheme),
-        target=None if target is None else as_target(target),
+        target=default_target() if target is None else as_target(target),
         skip=tuple(skip or ()),
         layer_schemes=o.layer_schemes(layer),
         fallback=None if fallback is None else Scheme.parse(fallback),
@@ -287,9 +289,8 @@ def _show_plan(out: Output, work: Compression) -> None:
         for layer in calibrated.layers
     ]
     notes = [f"{layer.name}: {layer.reason}" for layer in calibrated.unsupported]
-    if work.target is not None:
-        vnni = bool({"avx512_vnni", "avx_vnni"} & set(take_fingerprint().cpu_features))
-        notes += preflight(work.target, calibrated.layers, schemes, vnni=vnni)
+    vnni = bool({"avx512_vnni", "avx_vnni"} & set(take_fingerprint().cpu_features))
+    notes += preflight(work.target, calibrated.layers, schemes, vnni=vnni)
     table = Table("layer", "kind", "scheme", title=f"Plan for {work.model}", title_justify="left")
     for title in ("rows x cols", "MACs", "MACs left"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -314,7 +315,7 @@ def _show_plan(out: Output, work: Compression) -> None:
         {
             "model": work.model,
             "scheme": str(work.scheme),
-            "target": None if work.target is None else work.target.name,
+            "target": work.target.name,
             "samples": len(calibrated.samples),
             "layers": [
                 {

@@ -51,13 +51,6 @@ def curve(
     model: o.ModelName,
     calibration: o.Calibration,
     output: o.RunOutput,
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target", "-t", metavar="TARGET", help="Where it will run, and is measured.",
-            rich_help_panel="What to do",
-        ),
-    ],
     budget: Annotated[
         list[str],
         typer.Option(
@@ -66,6 +59,7 @@ def curve(
             rich_help_panel="Budgets", show_default=False,
         ),
     ],
+    target: o.TargetName = None,
     evaluation: o.Evaluation = None,
     uniform: Annotated[
         list[str] | None,
@@ -107,7 +101,6 @@ def curve(
     from obc_deploy.search import as_budgets
 
     out = Output(json)
-    require_runtimes([target])
     texts = (",".join(map(str, as_budgets(text))) for text in budget)
     wish = Wish(
         budgets=tuple(dict.fromkeys(texts)), max_drop=None, metric="latency",
@@ -122,11 +115,12 @@ def curve(
         damping=damping, dtype=dtype, bn_reestimate=True, sequential=sequential,
         batch_size=batch_size, device=device, seed=seed, no_baselines=False,
     )  # fmt: skip
+    require_runtimes([work.target.name])
     output.mkdir(parents=True, exist_ok=True)
     names = tuple(uniform or ())
     with out.working() as say:
         models, predicted = _points(work, wish, names, output, say)
-        found = _measured(work, wish, models, predicted, target, rounds, output, say)
+        found = _measured(work, wish, models, predicted, rounds, output, say)
     _show(out, found, output)
 
 
@@ -135,7 +129,6 @@ def _measured(
     wish: Wish,
     models: Mapping[str, CompressedModel],
     predicted: Mapping[str, float | None],
-    target: str,
     rounds: int,
     output: Path,
     say: Stage,
@@ -147,6 +140,7 @@ def _measured(
 
     if not models:
         raise BudgetError("a curve needs a budget: add --budget latency:4x")
+    target = work.target.name
     measurements = benchmark(
         list(models.values()), runtimes=[target], threads=wish.threads,
         batch_size=wish.measured_batch, rounds=rounds, artifacts=output / "artifacts",

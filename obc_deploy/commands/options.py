@@ -188,7 +188,7 @@ TargetName: TypeAlias = Annotated[
         metavar="TARGET",
         help=f"Where it will run ({', '.join(TARGETS)}): shapes the weight grids and the warnings.",
         rich_help_panel=_SCHEME,
-        show_default="none: fits all",
+        show_default="ort-sparse where its kernels are built, else onnxruntime",
     ),
 ]
 Skip: TypeAlias = Annotated[

@@ -157,7 +157,18 @@ def test_shares_of_fused_layers_go_by_their_operations() -> None:
     outputs = {"a": "a_out", "b": "b_out", "c": "c_relu", "d": "d_out", "e": "nowhere"}
     macs = {"a": 5.0, "b": 1.0, "c": 2.0, "d": 1.0, "e": 1.0}
     shares = layer_shares(_audit(steps, layers), outputs, macs)
-    assert shares == pytest.approx({"a": 0.2, "b": 0.2, "c": 0.4, "d": 0.0, "e": 0.0})
+    # The ReLU runs behind b and c.
+    assert shares == pytest.approx({"a": 0.2, "b": 0.8 / 3, "c": 1.6 / 3, "d": 0.0, "e": 0.0})
+
+
+def test_steps_between_layers_go_to_the_layer_before() -> None:
+    steps = [
+        LayerProfile(name, "any", ms)
+        for name, ms in (("first", 1.0), ("a", 2.0), ("add", 3.0), ("pool", 1.0), ("b", 3.0))
+    ]
+    found = _audit(steps, [_layer("a", "a"), _layer("b", "b")])
+    shares = layer_shares(found, {"a": "a_out", "b": "b_out"}, {"a": 1.0, "b": 1.0})
+    assert shares == pytest.approx({"a": 0.6, "b": 0.3})
 
 
 def test_shares_of_nothing_are_nothing() -> None:
