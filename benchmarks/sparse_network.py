@@ -1,0 +1,114 @@
+"""A whole torchvision network with sparse layers, end to end, in every runtime that works here.
+
+    python -m obc_deploy.benchmarks.sparse_network --network resnet50 --scheme block4@0.9+w8a8
+
+Speed depends on where the zeros are and not on the other weights: weights are random, pruned by
+magnitude, rounded to nearest, and nothing is said of accuracy. The first convolution and the last
+layer keep their weights, in 8 bits. All networks are timed in one interleaved run. Writes
+`results/sparse-<network>` as JSON and Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from obc_deploy.benchmarks.comparison import benchmark
+from obc_deploy.benchmarks.measurement import Measurement
+from obc_deploy.benchmarks.record import RESULTS, take_record
+from obc_deploy.benchmarks.statistics import speedup
+from obc_deploy.benchmarks.table import markdown_table, times
+from obc_deploy.errors import ObcDeployError
+
+EDGES = "w8a8"
+"""Scheme of the first and the last layer."""
+SAMPLES = 16
+
+
+def comparisons(rows: Sequence[Measurement]) -> list[tuple[str, str, float]]:
+    """Our sparse network beside what else was timed: runtime, variant, how many times faster it is.
+
+    Args:
+        rows: one interleaved run's; one of them is compressed and for "ort-sparse".
+    """
+    ours = next(row for row in rows if row.runtime == "ort-sparse" and row.role == "compressed")
+    after = [worker.rounds for worker in ours.processes]
+    return [
+        (row.runtime, row.variant, speedup([worker.rounds for worker in row.processes], after))
+        for row in rows
+        if row is not ours and row.error is None and len(row.processes) == len(after)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compress, export, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", default="resnet50", help="torchvision name")
+    parser.add_argument("--scheme", default="block4@0.9+w8a8")
+    parser.add_argument("--runtime", action="append", help="target; all that work where not given")
+    parser.add_argument("--size", type=int, default=224, help="of the square image")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    record = take_record("sparse_network")
+    last = ""
+
+    def say(what: str, share: float) -> None:
+        nonlocal last
+        if what != last:
+            print(what, file=sys.stderr, flush=True)
+            last = what
+
+    import torch
+    import torchvision
+
+    from obc_deploy.calibrated import calibrate
+    from obc_deploy.compression import compress
+
+    try:
+        torch.manual_seed(options.seed)
+        network = torchvision.models.get_model(options.network, weights=None).eval()
+        samples = torch.randn(SAMPLES, 3, options.size, options.size)
+        calibrated = calibrate(network, samples, source=options.network, batch_size=8)
+        names = [layer.name for layer in calibrated.layers]
+        made = compress(
+            calibrated, scheme=options.scheme, method="magnitude", target="ort-sparse",
+            layer_schemes=dict.fromkeys((names[0], names[-1]), EDGES), fallback=EDGES,
+            progress=say,
+        )  # fmt: skip
+        rows = benchmark(
+            [made], runtimes=options.runtime, threads=options.threads, rounds=options.rounds,
+            batch_size=options.batch_size, samples_per_round=5, processes=2, time_budget_s=60.0,
+            seed=options.seed, progress=say,
+        )  # fmt: skip
+    except ObcDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    faster = comparisons(rows)
+    lines = "\n".join(
+        f"- {times(ratio)} over `{variant}` in {runtime}" for runtime, variant, ratio in faster
+    )
+    text = (
+        f"# {options.network} with {options.scheme}\n\n{record.head}, {options.threads} thread, "
+        f"batch {options.batch_size}, {options.size} pixels, random weights.\n\n"
+        f"{markdown_table(rows)}\n\nThe compressed network in ort-sparse, beside all others of the "
+        f"run (medians of ratios within rounds):\n\n{lines}\n"
+    )
+    kept = [
+        row.model_dump(mode="json", exclude={"latency_ms": {"samples"}, "end_to_end": {"samples"}})
+        for row in rows
+    ]
+    record.write(
+        options.output, f"sparse-{options.network}".replace("_", "-"),
+        {"measurements": kept, "faster_than": faster}, text,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
