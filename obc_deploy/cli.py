@@ -103,6 +103,8 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
         _examples(
             "obc-deploy run torchvision:resnet18 --weights resnet18.pth -c photos/ "
             "-s block4@0.9+w8a8 --skip conv1 -o runs/resnet18",
+            "obc-deploy run net.pt2 -c calibration.npz --eval test.npz --budget latency:4x "
+            "-o runs/net",
         ),
     ),
     (bench.demo, _examples("obc-deploy demo", "obc-deploy demo --quick -o /tmp/demo --json -")),

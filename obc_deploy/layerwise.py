@@ -105,7 +105,13 @@ class Layerwise:
         shapes = []
         for layer in active:
             scheme = self.schemes[layer.name]
-            pruned = self._key(layer, Scheme(scheme.pattern, None)) in self.calibrated.pruned
+            pattern = Scheme(scheme.pattern, None)
+            pruned = self._key(layer, pattern) in self.calibrated.pruned
+            if scheme.pattern is not None and scheme.weight_bits >= 8:
+                # Rounding will do (`ROUNDING_FACTOR`).
+                if pruned:
+                    continue
+                scheme = pattern
             shapes.append(LayerShape(layer.rows, layer.cols, (scheme,), pruned=pruned))
         if self.calibrated.device != "cpu" or operations(shapes) < _WORTH_ANNOUNCING:
             return

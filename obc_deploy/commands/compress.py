@@ -522,11 +522,18 @@ def run(
     calibration: o.Calibration,
     output: o.RunOutput,
     scheme: o.SchemeText = None,
+    budget: o.BudgetText = None,
+    max_drop: o.MaxDrop = None,
+    by: o.DropMetric = o.MetricName.LATENCY,
     weights: o.WeightsName = None,
     target: o.TargetName = None,
     skip: o.Skip = None,
     layer: o.LayerSchemes = None,
     fallback: o.Fallback = None,
+    search_time: o.SearchTime = 60.0,
+    database: o.DatabaseFolder = None,
+    levels: o.Families = None,
+    free_edges: o.FreeEdges = False,
     method: o.MethodName = o.Method.EXACT_OBS,
     samples: o.SampleCount = o.DEFAULT_SAMPLES,
     batch_size: o.BatchSize = 64,
@@ -589,6 +596,12 @@ def run(
         damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,
         batch_size=batch_size, device=device, seed=seed, no_baselines=no_baselines,
     )  # fmt: skip
-    _compress_to(out, work, free, overwrite=overwrite)
+    wish = _wish(
+        budget=budget, max_drop=max_drop, metric=by.value, scheme_given=scheme is not None,
+        search_seconds=search_time, database=database, families=levels, free_edges=free_edges,
+        latency_file=None, allow_foreign_latency=False, threads=threads,
+        measured_batch=measured_batch,
+    )  # fmt: skip
+    _compress_to(out, work, free, overwrite=overwrite, wish=wish)
     labelled = None if evaluation is None else work.data.load(evaluation)
     bench_runs(out, [free], plan, labelled, report=report, allow_slower=allow_slower)

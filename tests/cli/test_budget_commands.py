@@ -36,6 +36,20 @@ def test_a_budget_is_kept_and_on_record(run, data: Path, tmp_path: Path) -> None
     assert "predicted, over dense: macs" in answer.out
 
 
+def test_run_takes_budgets_too(run, data: Path, tmp_path: Path) -> None:
+    """From a model to measurements, with the schemes searched for on the way."""
+    answer = run(
+        "run", SMALL, "-c", data, "-b", "macs:1.3x", "--levels", "block4,dense", "--search-time", 0,
+        "--free-edges", "-r", "onnxruntime", "--threads", 1, "--rounds", 1, "--processes", 1,
+        "--allow-slower", "-o", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["plan"]["factors"]["macs"] >= 1.3 - 1e-9
+    rows = answer.json["measurements"] if isinstance(answer.json, dict) else answer.json
+    assert {row["role"] for row in rows} >= {"compressed"}
+
+
 def test_a_dry_run_estimates_and_writes_nothing(run, data: Path, tmp_path: Path) -> None:
     answer = run(
         "compress", SMALL, "-c", data, "-b", "macs:2x", "--database", tmp_path / "none",

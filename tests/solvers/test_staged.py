@@ -1,0 +1,61 @@
+"""Quantizing what pruning left: when rounding will do, and when it will not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from obc_deploy.schemes import Scheme
+from obc_deploy.solvers import solve
+from obc_deploy.solvers.contract import LayerProblem
+from obc_deploy.solvers.grids import find_grid
+from obc_deploy.solvers.rtn import rtn_codes
+from obc_deploy.solvers.staged import ROUNDING_FACTOR, quantize_pruned
+
+ROWS, COLS = 12, 48
+
+
+@pytest.fixture(scope="module")
+def problem() -> LayerProblem:
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(COLS, COLS, generator=generator, dtype=torch.float64)
+    x = mixing @ torch.randn(COLS, 400, generator=generator, dtype=torch.float64)
+    weight = torch.randn(ROWS, COLS, generator=generator)
+    return LayerProblem(weight, x @ x.T / 200.0, damping=0.01, channels=COLS, name="layer")
+
+
+def both(problem: LayerProblem, text: str):
+    """The pruned layer, its quantized form, and the codes of plain rounding."""
+    scheme = Scheme.parse(text)
+    pruned = solve(problem.weight, problem.hessian, Scheme(scheme.pattern, None), channels=COLS)
+    found = quantize_pruned(problem, pruned, scheme)
+    grid = find_grid(pruned.weight.double(), scheme.quantization)
+    return pruned, found, rtn_codes(pruned.weight.double(), pruned.mask, grid)
+
+
+@pytest.mark.parametrize("pattern", ["block4@0.75", "2:4", "unstructured@0.8"])
+def test_eight_bits_are_rounded_where_pruning_lost_far_more(problem, pattern: str) -> None:
+    pruned, found, rounded = both(problem, f"{pattern}+w8a8")
+    assert torch.equal(found.codes.long(), rounded.long())
+    assert found.error <= ROUNDING_FACTOR * pruned.error
+    assert torch.equal(found.mask, pruned.mask)
+    assert not found.codes[~found.mask].any()
+
+
+@pytest.mark.parametrize("pattern", ["block4@0.75", "2:4"])
+def test_few_bits_are_not(problem, pattern: str) -> None:
+    """OBQ is worth its time there: it is better than rounding on the same grid."""
+    pruned, found, rounded = both(problem, f"{pattern}+w3")
+    assert not torch.equal(found.codes.long(), rounded.long())
+    grid = find_grid(pruned.weight.double(), Scheme.parse("w3").quantization)
+    off = (problem.weight.double() - grid.dequantize(rounded)).double()
+    dense = problem.weight.double()
+    hessian = problem.hessian
+    lost = float(((off @ hessian) * off).sum() / ((dense @ hessian) * dense).sum())
+    assert found.error < lost
+
+
+def test_without_a_pattern_every_bit_counts(problem) -> None:
+    """Nothing was lost before: rounding would be all of the error."""
+    _, found, rounded = both(problem, "w8a8")
+    assert not torch.equal(found.codes.long(), rounded.long())
