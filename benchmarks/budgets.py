@@ -4,7 +4,8 @@
 
 needs the trained networks and images that `reference_networks` describes. Plans for all budgets
 and uniform schemes come from one database, are compressed, exported and measured in one interleaved
-run with the dense networks. Writes `results/budgets-<network>-<target>` as JSON, Markdown and SVG.
+run with the dense networks. Writes `results/budgets-<network>-<target>` as JSON, Markdown and SVG,
+`-sequential` behind it with `--sequential`.
 With `--runs FOLDER` compressed networks are kept there, and not made again.
 """
 
@@ -96,15 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     table = planner.table
     predicted = predicted_speedups(planner, models)
     curve = curve_of(models, predicted, measurements, target=target.name)
-    error_text = (
-        ""
-        if curve.median_latency_error is None
-        else f"\nPredicted latencies of the plans are off by "
-        f"{100 * curve.median_latency_error:.0f} % in the median.\n"
-    )
+    error_text = f"\n{curve.accuracy_of_predictions}\n" if curve.accuracy_of_predictions else ""
     dense = "" if curve.dense_accuracy is None else f", dense {percent(curve.dense_accuracy)} %"
     mode = "sequential" if options.sequential else "independent"
-    name = f"budgets-{options.network}-{target.name}".replace("_", "-")
+    suffix = "-sequential" if options.sequential else ""
+    name = f"budgets-{options.network}-{target.name}{suffix}".replace("_", "-")
     kept = [
         row.model_dump(mode="json", exclude={"latency_ms": {"samples"}, "end_to_end": {"samples"}})
         for row in measurements
@@ -125,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         {
             "curve": curve.model_dump(mode="json"),
             "median_latency_error": curve.median_latency_error,
+            "drift": curve.drift,
+            "median_error_beyond_drift": curve.median_error_beyond_drift,
             "plans": plans,
             "table": None if table is None else table.model_dump(mode="json"),
             "measurements": kept,

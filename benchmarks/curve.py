@@ -2,12 +2,14 @@
 
 Every point is a compressed network: planned for a budget, or one scheme on all layers. All are
 exported and measured in one interleaved run. What the latency table predicted stands beside what
-was measured; the curve says by how much predictions were off.
+was measured; the curve says by how much predictions were off. A table is made from networks with
+one scheme on all layers, so where these are off themselves the machine has changed since, and what
+plans are off beyond that is the sum's own error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,12 +89,54 @@ class Curve(BaseModel):
     @property
     def median_latency_error(self) -> float | None:
         """Median over the planned points of how far predicted latencies were off."""
-        errors = [
-            point.latency_error
+        return _median(abs(ratio - 1.0) for ratio in self._ratios("plan"))
+
+    @property
+    def drift(self) -> float | None:
+        """By what uniform networks' latencies exceed their predictions, in the median; 0.1: 10 %.
+
+        Relative to the dense float network, as all latencies of a curve. None without such points.
+        """
+        middle = _median(self._ratios("uniform"))
+        return None if middle is None else 1.0 / middle - 1.0
+
+    @property
+    def median_error_beyond_drift(self) -> float | None:
+        """Median over the planned points of the error that is left where drift is taken away."""
+        if self.drift is None:
+            return None
+        return _median(abs(ratio * (1.0 + self.drift) - 1.0) for ratio in self._ratios("plan"))
+
+    def _ratios(self, kind: Kind) -> list[float]:
+        """Predicted latencies divided by measured ones."""
+        return [
+            point.measured / point.predicted
             for point in self.points
-            if point.kind == "plan" and point.latency_error is not None
+            if point.kind == kind and point.predicted is not None and point.measured is not None
         ]
-        return median(errors) if errors else None
+
+    @property
+    def accuracy_of_predictions(self) -> str:
+        """How far predictions were off, in a sentence or two; empty without predictions."""
+        error, drift, beyond = (
+            self.median_latency_error, self.drift, self.median_error_beyond_drift,
+        )  # fmt: skip
+        if error is None:
+            return ""
+        text = f"Predicted latencies of the plans are off by {100 * error:.0f} % in the median."
+        if drift is None or beyond is None:
+            return text
+        word = "slower" if drift >= 0 else "faster"
+        return (
+            f"{text} The uniform networks, which the latency table was made from, were themselves "
+            f"{100 * abs(drift):.0f} % {word} (against the dense one) than when it was; beyond "
+            f"that, plans are off by {100 * beyond:.0f} %."
+        )
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return median(found) if found else None
 
 
 def curve_of(

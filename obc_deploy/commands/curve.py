@@ -149,7 +149,8 @@ def _measured(
     found = curve_of(models, predicted, measurements, target=target)
     write_measurements(output / "measurements.json", measurements)
     write_json(output / "curve.json", found)
-    (output / "curve.md").write_text(curve_table(found) + "\n", encoding="utf-8")
+    text = "\n\n".join(part for part in (curve_table(found), found.accuracy_of_predictions) if part)
+    (output / "curve.md").write_text(text + "\n", encoding="utf-8")
     plot_curve(output / "curve.svg", found)
     return found
 
@@ -172,8 +173,7 @@ def _show(out: Output, found: Curve, output: Path) -> None:
             "-" if point.accelerated is None else "/".join(map(str, point.accelerated)),
         )  # fmt: skip
     out.show(table)
-    error = found.median_latency_error
-    if error is not None:
-        out.line(f"predicted latencies are off by {100 * error:.0f} % in the median over the plans")
+    if found.accuracy_of_predictions:
+        out.line(found.accuracy_of_predictions)
     out.line(f"curve: {output / 'curve.svg'}, {output / 'curve.md'}, {output / 'curve.json'}")
     out.results(found.model_dump(mode="json"))

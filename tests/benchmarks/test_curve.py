@@ -36,6 +36,27 @@ def test_errors_are_of_latencies_and_of_plans_alone() -> None:
     assert bare.median_latency_error is None
 
 
+def test_what_the_machine_changed_is_told_from_what_the_sum_got_wrong() -> None:
+    # All networks take 1.25 times as long as predicted, one plan 1.25 x 1.1 times.
+    points = (
+        point("latency:4x", "plan", 4.0, 3.2),
+        point("latency:5x", "plan", 5.0, 4.0),
+        point("latency:6x", "plan", 6.0, 6.0 / (1.25 * 1.1)),
+        point("w8a8", "uniform", 2.5, 2.0),
+        point("block4@0.9+w8a8", "uniform", 8.0, 6.4),
+    )
+    curve = CURVE.model_copy(update={"points": points})
+    assert curve.drift == pytest.approx(0.25)
+    assert curve.median_latency_error == pytest.approx(0.2)
+    assert curve.median_error_beyond_drift == pytest.approx(0.0, abs=1e-12)
+    assert "off by 20 %" in curve.accuracy_of_predictions
+    assert "25 % slower" in curve.accuracy_of_predictions
+    alone = curve.model_copy(update={"points": points[2:3]})
+    assert alone.drift is None
+    assert alone.median_error_beyond_drift is None
+    assert alone.accuracy_of_predictions.count(".") == 1
+
+
 def test_the_table_has_a_row_a_point() -> None:
     lines = curve_table(CURVE).splitlines()
     assert len(lines) == 2 + len(CURVE.points)
