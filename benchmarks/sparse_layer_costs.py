@@ -1,28 +1,30 @@
 """What layers cost in ONNX Runtime's operators and in ours: the measurements behind the cost model.
 
-    python -m obc_deploy.benchmarks.sparse_layer_costs
+    python -m obc_deploy.benchmarks.sparse_layer_costs [--only integer|float]
 
-For every shape there are two sessions, one of ONNX Runtime's integer operators and one of ours on
-blocked tensors. They run in turn in one process, on one thread, and ONNX Runtime's trace says how
-long each operator took. Per operator, times are fitted as non-negative sums of counts (products,
-blocks times pixels, ...), by least squares of relative errors. What is printed goes into
-`obc_deploy.exporters.sparse_cost`.
+For every shape there are two sessions, one of ONNX Runtime's operators and one of ours, on blocked
+tensors where they are integer ones. They run in turn in one process, on one thread, and ONNX
+Runtime's trace says how long each operator took. Per operator, times are fitted as non-negative
+sums of counts (products, blocks times pixels, ...), by least squares of relative errors. What is
+printed goes into `obc_deploy.exporters.sparse_cost`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from obc_deploy.exporters.sparse_cost import COUNTS, Work
+from obc_deploy.exporters.sparse_cost import COUNTS, FEW_ROWS, Work
 from obc_deploy.runtimes import sparse
 
 MICROSOFT = "com.microsoft"
@@ -346,8 +348,87 @@ def linear(rng: np.random.Generator, features: int, outputs: int, zeros: float) 
     )
 
 
-def cases(rng: np.random.Generator) -> Iterator[Case]:
-    """Everything that is measured."""
+def sparse_floats(
+    rng: np.random.Generator, shape: tuple[int, ...], zeros: float
+) -> npt.NDArray[np.float32]:
+    """Weights of which each is zero with a probability."""
+    weight = rng.standard_normal(shape) * (rng.random(shape) >= zeros)
+    return weight.astype(np.float32)
+
+
+def float_convolution(
+    rng: np.random.Generator, layer: tuple[int, int, int, int, int], zeros: float
+) -> Case:
+    """A convolution with unstructured sparse float weights, and a ReLU."""
+    from obc_deploy.exporters.sparse_float import stored_entries
+
+    channels, size, kernel, stride, outputs = layer
+    pad = kernel // 2
+    weight = sparse_floats(rng, (outputs, channels, kernel, kernel), zeros)
+    windows: dict[str, Any] = {
+        "kernel_shape": [kernel] * 2,
+        "strides": [stride] * 2,
+        "pads": [pad] * 4,
+    }
+    shape = (1, channels, size, size)
+    bias = rng.standard_normal(outputs)
+    plain, ours = Network(), Network()
+    y = plain.add(
+        "Conv",
+        ["x", plain.constant(weight, np.float32), plain.constant(bias, np.float32)],
+        **windows,
+    )
+    stored = stored_entries(weight)
+    parts = [ours.constant(stored.values, np.float32), ours.constant(stored.index, np.int32)]
+    parts += [ours.constant(stored.row_start, np.int32), ours.constant(bias, np.float32)]
+    out = ours.own("SparseConvolutionFloat", ["x", *parts], channels=channels, lower=0.0, **windows)
+    side = (size + 2 * pad - kernel) // stride + 1
+    work = Work.of_float_convolution(
+        images=1, in_size=(size, size), out_size=(side, side), channels=channels, outputs=outputs,
+        positions=kernel * kernel, entries=len(stored.values),
+    )  # fmt: skip
+    return Case(
+        shape, plain.model(plain.add("Relu", [y]), shape), ours.model(out, shape),
+        {"Conv": work, "SparseConvolutionFloat": work},
+    )  # fmt: skip
+
+
+def float_linear(
+    rng: np.random.Generator, rows: int, features: int, outputs: int, zeros: float
+) -> Case:
+    """A fully connected layer with unstructured sparse float weights."""
+    from obc_deploy.exporters.sparse_float import stored_entries
+
+    weight = sparse_floats(rng, (outputs, features), zeros)
+    shape = (rows, features)
+    plain, ours = Network(), Network()
+    y = plain.add("Gemm", ["x", plain.constant(weight, np.float32)], transB=1)
+    stored = stored_entries(weight)
+    parts = [ours.constant(stored.values, np.float32), ours.constant(stored.index, np.int32)]
+    parts.append(ours.constant(stored.row_start, np.int32))
+    out = ours.own("SparseLinearFloat", ["x", *parts], features=features)
+    work = Work.of_linear(rows, features, outputs, len(stored.values))
+    kind = "rows" if rows >= FEW_ROWS else "row"
+    return Case(
+        shape, plain.model(y, shape), ours.model(out, shape),
+        {"Gemm": work.named(f"Gemm {kind}"), "SparseLinearFloat": work.named(
+            f"SparseLinearFloat {kind}")},
+    )  # fmt: skip
+
+
+def float_cases(rng: np.random.Generator) -> Iterator[Case]:
+    """The float operators."""
+    for layer in CONVOLUTIONS:
+        for zeros in (0.5, 0.7, 0.8, 0.9, 0.95):
+            yield float_convolution(rng, layer, zeros)
+    for rows in (1, 16, 128):
+        for features, outputs in LINEARS:
+            for zeros in (0.5, 0.8, 0.9, 0.95):
+                yield float_linear(rng, rows, features, outputs, zeros)
+
+
+def integer_cases(rng: np.random.Generator) -> Iterator[Case]:
+    """The integer operators."""
     for layer in CONVOLUTIONS:
         for zeros in (0.0, 0.5, 0.7, 0.8, 0.9):
             yield convolution(rng, layer, zeros)
@@ -418,10 +499,15 @@ def fit(rows: list[tuple[Work, float]], names: tuple[str, ...]) -> tuple[dict[st
 
 def main() -> None:
     """Measure, fit, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["integer", "float"], help="both where it is left out")
+    only = parser.parse_args().only
     rng = np.random.default_rng(0)
+    parts = {"integer": integer_cases, "float": float_cases}
+    cases = chain.from_iterable(make(rng) for part, make in parts.items() if only in (None, part))
     rows: dict[str, list[tuple[Work, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="obc-costs-") as folder:
-        for case in cases(rng):
+        for case in cases:
             times = measure(case, Path(folder))
             for kind, work in case.work.items():
                 if kind in times:

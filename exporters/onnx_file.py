@@ -17,6 +17,7 @@ from obc_deploy.exporters.edit import (
     insert_before,
     producer,
 )
+from obc_deploy.exporters.folded_weights import TRANSPOSED, name_folded_weights
 from obc_deploy.exporters.graph import onnx_graph
 from obc_deploy.exporters.parity import Codes
 from obc_deploy.exporters.pooling import keep_max_pools_in_float, means_to_global_average_pools
@@ -176,6 +177,9 @@ def build_onnx(
     views: tuple[Any, ...] = ()
     if target.sparse_operators:
         dense_bytes = ir.to_proto(graph).ByteSize()
+        name_folded_weights(graph, model)
+        for suffix in (TRANSPOSED, f"{TRANSPOSED}_values"):
+            weights |= {f"{layer.weight_name}_{suffix}": layer.name for layer in model.layers}
         sparse = to_sparse_operators(graph)
         views = sparse.views
         if not sparse.layers:

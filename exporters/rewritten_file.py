@@ -1,4 +1,4 @@
-"""An ONNX file from anywhere, with block-sparse integer layers, gets sparse operators.
+"""An ONNX file from anywhere, with block-sparse integer or sparse float layers, gets our operators.
 
 Takes integer operators (QLinearConv, QGemm, ...) and QuantizeLinear/DequantizeLinear pairs around
 float ones, which become integer operators first.
@@ -179,7 +179,7 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     """Write an ONNX file with our sparse operators where they make it faster.
 
     Args:
-        source: an ONNX file with quantized layers.
+        source: an ONNX file with quantized layers, or with zeros in float ones.
         path: an .onnx file, or a folder that gets a file of the source's name.
         target: one whose runtime loads our sparse kernels.
         check: compare outputs with the original's on random inputs.
@@ -195,6 +195,7 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     from obc_deploy.exporters.edit import drop_dead
     from obc_deploy.exporters.parity import QUANTIZED_TOLERANCE, relative_error
     from obc_deploy.exporters.qoperator import to_qoperators
+    from obc_deploy.exporters.sparse_float import LEAST_ZEROS, float_zeros
     from obc_deploy.exporters.sparse_onnxruntime import to_sparse_operators, zero_blocks
     from obc_deploy.runtimes.onnxruntime_cpu import libraries
     from obc_deploy.runtimes.sparse import DOMAIN
@@ -213,12 +214,12 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     to_qoperators(model, linear_as_convolution=False, operators=target.integer_operators)
     drop_dead(model)
     _learn_sizes(model, feeds[0])
-    layers = zero_blocks(model)
-    if not layers:
+    layers = {**zero_blocks(model), **float_zeros(model)}
+    if not zero_blocks(model) and max(layers.values(), default=0.0) < LEAST_ZEROS:
         raise ExportError(
             f"'{source.name}' has no integer layer (QLinearConv, QGemm) and none that becomes one: "
             "quantize it first, in QOperator form, with uint8 activations and symmetric int8 "
-            "weights"
+            "weights, or prune its float layers to 85 % zeros and more"
         )
     dense_bytes = ir.to_proto(model).ByteSize()
     sparse = to_sparse_operators(model)

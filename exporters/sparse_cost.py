@@ -3,9 +3,11 @@
 Nanoseconds on one thread, as sums of counts times constants. The constants are fits to what
 `obc_deploy.benchmarks.sparse_layer_costs` measured, interleaved in one process, on an Intel Xeon at
 2.5 GHz (Cascade Lake, AVX512-VNNI) with ONNX Runtime 1.31: 24 convolutions of ResNets, VGG and
-MobileNet at 0 to 90 % zero blocks, 10 depthwise ones, 9 planes and 5 fully connected layers. In the
-geometric mean a fit is off by a factor of 1.17 for ONNX Runtime's convolutions, 1.16 for ours, 1.04
-to 1.5 for the rest. Another processor's times differ more than the ratios that decide.
+MobileNet at 0 to 90 % zero blocks, 10 depthwise ones, 9 planes and 5 fully connected layers; in
+float the same convolutions at 50 to 95 % zeros, and the fully connected layers at 1, 16 and 128
+rows. In the geometric mean a fit is off by a factor of 1.17 for ONNX Runtime's convolutions, 1.16
+for ours, 1.04 to 1.5 for the rest; in float by 1.23 and 1.26 for convolutions, 1.08 to 1.88 for
+fully connected layers. Another processor's times differ more than the ratios that decide.
 """
 
 from __future__ import annotations
@@ -25,6 +27,12 @@ COUNTS: Mapping[str, tuple[str, ...]] = {
     "SparseConvolution": ("call", "block_pixels", "blocks", "results", "channels_in", "residuals"),
     "QLinearConv depthwise": _PLAIN_POOL,
     "DepthwiseConvolution": _BLOCKED_POOL,
+    "Conv": ("call", "multiplications", "results", "columns", "weights"),
+    "SparseConvolutionFloat": ("call", "block_pixels", "results", "channels_in"),
+    "Gemm row": ("call", "multiplications", "results"),
+    "Gemm rows": ("call", "multiplications", "results"),
+    "SparseLinearFloat row": ("call", "block_pixels", "results"),
+    "SparseLinearFloat rows": ("call", "block_pixels", "results", "columns"),
     "QGemm": ("call", "multiplications", "results"),
     "SparseLinearDequantize": ("call", "block_pixels", "results"),
     "NhwcMaxPool": _PLAIN_POOL,
@@ -91,9 +99,37 @@ _NANOSECONDS: Mapping[str, Mapping[str, float]] = {
     "GlobalAveragePool": {"call": 5640, "lanes": 0.0388, "lines": 11.6},
     "FromBlocks": {"call": 6160, "lanes": 0.147, "lines": 37.3},
     "ToBlocks": {"call": 4190, "lanes": 0.129, "lines": 41.3},
+    "Conv": {
+        "call": 4360,
+        "multiplications": 0.0204,
+        "results": 0.34,
+        "columns": 0.046,
+        "weights": 0.319,
+    },
+    "SparseConvolutionFloat": {
+        "call": 900,
+        "block_pixels": 0.0733,
+        "results": 1.79,
+        "channels_in": 2.3,
+    },
+    "Gemm row": {"call": 9460, "multiplications": 0.21},
+    "Gemm rows": {"call": 12900, "multiplications": 0.0294},
+    "SparseLinearFloat row": {"call": 14700, "block_pixels": 1.2, "results": 10.1},
+    "SparseLinearFloat rows": {
+        "call": 18400,
+        "block_pixels": 0.13,
+        "results": 0.347,
+        "columns": 1.97,
+    },
     "QGemm": {"call": 7460, "multiplications": 0.0743},
     "SparseLinearDequantize": {"call": 9790, "block_pixels": 1.09, "results": 38.8},
 }
+
+
+FLOAT_TILE = 128
+"""Pixels that a kernel for floats computes at a time, with AVX-512."""
+FEW_ROWS = 8
+"""Rows below which a fully connected layer is a product with each row by itself."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +175,7 @@ class Work:
                 "call": 1.0,
                 "multiplications": float(rows * features * outputs),
                 "results": float(rows * outputs),
+                "columns": float(rows * features),
                 "block_pixels": float(rows * blocks),
                 "weights": float(features * outputs),
             }
@@ -182,6 +219,39 @@ class Work:
                 "residuals": float(pixels) * outputs * residual,
             }
         )
+
+    @classmethod
+    def of_float_convolution(
+        cls,
+        *,
+        images: int,
+        in_size: tuple[int, int],
+        out_size: tuple[int, int],
+        channels: int,
+        outputs: int,
+        positions: int,
+        entries: int,
+    ) -> Work:
+        """A convolution of floats; our kernel computes a row's pixels and the padding behind them.
+
+        Args:
+            images: of the batch.
+            in_size: height and width of the input.
+            out_size: height and width of the output.
+            channels: input channels.
+            outputs: output channels.
+            positions: kernel height times width.
+            entries: weights that are not zero.
+        """
+        height, width = out_size
+        work = cls.of_convolution(
+            pixels=images * height * width, in_pixels=images * in_size[0] * in_size[1],
+            channels=channels, outputs=outputs, positions=positions, blocks=entries,
+        )  # fmt: skip
+        border = 2 if positions > 1 else 0
+        line = height * (width + border) - border
+        tiled = images * -(-line // FLOAT_TILE) * FLOAT_TILE
+        return cls({**work.counts, "block_pixels": float(tiled) * entries})
 
 
 def nanoseconds(operator: str, work: Work) -> float:

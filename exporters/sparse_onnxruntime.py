@@ -1,6 +1,7 @@
-"""An integer graph becomes one with our sparse operators, which ONNX Runtime runs from our library.
+"""A graph becomes one with our sparse operators, which ONNX Runtime runs from our library.
 
-A network in which no layer has blocks of zeros stays as it is: it is ONNX Runtime's to run.
+Integer layers skip blocks of zeros, float ones zeros anywhere. A network in which no layer has
+enough of them stays as it is: it is ONNX Runtime's to run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from obc_deploy.exporters.blocked_layout import to_blocked_layout
 from obc_deploy.exporters.edit import constant, drop_dead
 from obc_deploy.exporters.integer_shortcuts import drop_requantizations, pads_onto_codes
 from obc_deploy.exporters.sparse_blocks import stored_blocks
+from obc_deploy.exporters.sparse_float import float_zeros, to_sparse_floats
 from obc_deploy.exporters.sparse_linear import to_sparse_linears
 
 LEAST_ZEROS = 0.25
@@ -25,10 +27,10 @@ class SparseGraph:
     """What became of a graph.
 
     Attributes:
-        layers: sparse layers, in order: the value each computes, and the fraction of its blocks
-            that are not stored.
+        layers: sparse layers, integer ones first: the value each computes, and the fraction of its
+            blocks (float layers: weights) that are not stored.
         conversions: operators that only convert between plain and blocked tensors.
-        zeros: the largest fraction of zero blocks of a layer of the graph.
+        zeros: the largest fraction of zero blocks (float layers: weights) of a layer of the graph.
         views: nodes beside the graph that give the codes of blocked values, under the names of
             those in the plain graph.
     """
@@ -56,22 +58,26 @@ def zero_blocks(model: ir.Model) -> dict[str, float]:
 
 
 def to_sparse_operators(model: ir.Model) -> SparseGraph:
-    """Rewrite an integer graph for the sparse kernels, each layer as far as it gains from them.
+    """Rewrite a graph for the sparse kernels, each layer as far as it gains from them.
 
     Args:
-        model: QLinearConv and its kin, with sizes on their values; changed in place.
+        model: QLinearConv and its kin, or float layers, with sizes on their values; changed in
+            place.
     """
     zeros = max(zero_blocks(model).values(), default=0.0)
+    most = max(zeros, *float_zeros(model).values(), 0.0)
+    floats = to_sparse_floats(model)
     if zeros < LEAST_ZEROS:
-        return SparseGraph(zeros=zeros)
+        drop_dead(model)
+        return SparseGraph(layers=tuple(floats), zeros=most)
     drop_requantizations(model)
     pads_onto_codes(model)
     layout = to_blocked_layout(model)
     linears = to_sparse_linears(model)
     drop_dead(model)
     return SparseGraph(
-        layers=(*layout.convolutions, *linears),
+        layers=(*layout.convolutions, *linears, *floats),
         conversions=layout.conversions,
-        zeros=zeros,
+        zeros=most,
         views=layout.views,
     )

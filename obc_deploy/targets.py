@@ -133,6 +133,9 @@ DEEPSPARSE = Target(
     summary="DeepSparse on the CPU, integer operators; zeros are skipped (needs 80 % or more)",
 )
 
+FLOAT_SPARSE_FROM = 0.85
+"""Zeros from which our float kernels are faster than ONNX Runtime's dense ones, at usual shapes."""
+
 ORT_SPARSE = Target(
     name="ort-sparse",
     runtime="onnxruntime",
@@ -144,7 +147,8 @@ ORT_SPARSE = Target(
     one_weight_step=False,
     linear_as_convolution=False,
     sparse_from={Block4: 0.5},
-    summary="ONNX Runtime on the CPU with our sparse int8 kernels; zeros are skipped (from 50 %)",
+    summary="ONNX Runtime on the CPU with our sparse kernels; zeros are skipped (int8: from 50 %, "
+    "float: from 85 %)",
     sparse_operators=True,
 )
 
@@ -209,12 +213,19 @@ def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
 
 
 def _sparse_operators_obstacle(target: Target, scheme: Scheme) -> str | None:
-    """Why our own kernels, which skip blocks of four zeros in int8 layers, gain nothing."""
+    """Why our own kernels gain nothing: they skip blocks of four zeros in int8, any in float."""
     pattern = scheme.pattern
     assert pattern is not None
     quantization = scheme.quantization
-    if quantization is None or quantization.activation_bits is None:
-        return f"{target.name} skips zeros of int8 layers only: add '+w8a8'"
+    if quantization is None:
+        if pattern.sparsity >= FLOAT_SPARSE_FROM:
+            return None
+        return (
+            f"{target.name} gains nothing on float layers below {FLOAT_SPARSE_FROM:.0%} zeros, "
+            f"'{pattern}' has {pattern.sparsity:.0%}: use block4 and add '+w8a8'"
+        )
+    if quantization.activation_bits is None:
+        return f"{target.name} skips no zeros of weights that are stored as codes: add 'a8'"
     if isinstance(pattern, NM):
         return f"{target.name} skips blocks of four zeros, and {pattern} has none: use block4@0.5"
     least = target.sparse_from[Block4]
