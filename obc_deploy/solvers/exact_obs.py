@@ -20,7 +20,7 @@ from functools import cached_property, partial
 import torch
 
 from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Pattern
-from obc_deploy.solvers import native_rows
+from obc_deploy.solvers import native_rows, triton_steps
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.inverse import DowndatedInverse
 from obc_deploy.solvers.problems import DampedProblem
@@ -175,7 +175,8 @@ def trace_blocks(problem: DampedProblem, settings: SolverSettings, progress: Pro
     if native_rows.is_native(settings, problem.weight.device):
         traced = native_rows.prune_blocks(problem, settings, progress, width=BLOCK_SIZE)
     else:
-        traced = _all_rows(problem, settings, progress, prune_blocks)
+        triton = triton_steps.is_triton(settings, problem.weight.device)
+        traced = _all_rows(problem, settings, progress, partial(prune_blocks, triton=triton))
     return Trace(*traced, width=BLOCK_SIZE)
 
 
@@ -189,7 +190,8 @@ def _columns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if native_rows.is_native(settings, problem.weight.device):
         return native_rows.prune_columns(problem, settings, progress, group=group, zeros=zeros)
-    pruner = partial(prune_columns, group=group, zeros=zeros)
+    triton = triton_steps.is_triton(settings, problem.weight.device)
+    pruner = partial(prune_columns, group=group, zeros=zeros, triton=triton)
     return _all_rows(problem, settings, progress, pruner)
 
 
