@@ -22,12 +22,20 @@ _MAGIC_64 = tl.constexpr(1.5 * 2.0**52)
 
 @triton.jit
 def _present(
-    stored, entry_stride, vectors, step_stride, p, pivot, kept, at, size,
-    AHEAD: tl.constexpr,  # noqa: N803
-):  # fmt: skip
+    stored,
+    entry_stride,
+    vectors,
+    step_stride,
+    p,
+    pivot,
+    kept,
+    at,
+    size,
+    AHEAD: tl.constexpr,
+):
     """G_p: and G_pp without what is kept aside.
 
-    `stored` points at the stored row p, `pivot` is its entry p; places are `at`, `size` of them real.
+    `stored` points at the stored row p, `pivot` is its entry p; `size` of the places `at` are real.
     """
     v = tl.load(stored + at * entry_stride, mask=at < size, other=0.0)
     for start in range(0, kept, AHEAD):
@@ -64,9 +72,9 @@ def prune_columns(
     groups,
     group,
     zeros,
-    BLOCK: tl.constexpr,  # noqa: N803
-    AHEAD: tl.constexpr,  # noqa: N803
-    GROUPED: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):
     """argmin_p w_p² / G_pp, `steps` times; `order` gets columns. See `prune_columns.ColumnRun`."""
     row = tl.program_id(0).to(tl.int64)
@@ -138,8 +146,8 @@ def quantize(
     steps,
     code_min,
     code_max,
-    BLOCK: tl.constexpr,  # noqa: N803
-    AHEAD: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """argmin_p (q(w_p) - w_p)² / G_pp or the worst outlier, `steps` times; `codes` (rows, cols)."""
     row = tl.program_id(0).to(tl.int64)
@@ -162,7 +170,7 @@ def quantize(
     z = tl.load(zero_point + at, mask=real, other=0.0)
     for step in range(steps):
         miss = _rounded(w, s, code_min - z, code_max - z) * s - w
-        cost, p = tl.min(miss * miss / d + c, axis=0, return_indices=True)
+        p = tl.argmin(miss * miss / d + c, axis=0)
         error = tl.abs(miss) - c
         worst, outlier = tl.max(tl.where(error > 0.5 * s, error, 0.0), axis=0, return_indices=True)
         p = tl.where(worst > 0.0, outlier, p)
@@ -193,11 +201,8 @@ def quantize(
 def _rounded(w, scale, low, high):
     """clamp(round(w / s), low, high) with whole bounds; ties go to even."""
     x = tl.minimum(tl.maximum(w / scale, low), high)
-    if x.dtype == tl.float64:
-        x = (x + _MAGIC_64) - _MAGIC_64
-    else:
-        x = (x + _MAGIC_32) - _MAGIC_32
-    return x
+    magic: tl.constexpr = _MAGIC_64 if x.dtype == tl.float64 else _MAGIC_32
+    return (x + magic) - magic
 
 
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_SLICES)
@@ -220,8 +225,8 @@ def prune_blocks(
     rows,
     blocks,
     steps,
-    BLOCK: tl.constexpr,  # noqa: N803
-    AHEAD: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """argmin_B |L⁻¹ w_B|² with G_BB = L Lᵀ, `steps` times; `order` gets blocks of the layer.
 
@@ -321,9 +326,17 @@ def prune_blocks(
 
 @triton.jit
 def _present_block(
-    stored, entry_stride, vectors, step_stride, p, pivot, kept, at, blocks,
-    AHEAD: tl.constexpr,  # noqa: N803
-):  # fmt: skip
+    stored,
+    entry_stride,
+    vectors,
+    step_stride,
+    p,
+    pivot,
+    kept,
+    at,
+    blocks,
+    AHEAD: tl.constexpr,
+):
     """`_present` in four components of all blocks; `at` counts blocks."""
     first = at * _WIDTH
     real = at < blocks
