@@ -47,6 +47,13 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def _few_vectors_ahead(monkeypatch):
+    """The interpreter takes its time over those beyond the end; three divide no update evenly."""
+    if INTERPRETED:
+        monkeypatch.setattr(triton_steps, "_MOST_AHEAD", 3)
+
+
 def by_triton(lazy=None, dtype=torch.float64):
     return SolverSettings(dtype, lazy=lazy, native=False, triton=True)
 
@@ -61,14 +68,15 @@ def silent(share):
 
 # Widths that are no power of two nor whole updates; a Hessian for each row; dead inputs; rows of
 # zeros, all of whose columns cost the same; `lazy` steps between two updates.
-COLUMNS = [((1, 1), 4), ((3, 7, 3), 4), ((2, 17, 1, 2), 8), ((2, 33), 32), ((3, 12, 1, 0, 1), 8)]
-BLOCKS = [((1, 4), 4), ((2, 8, 2), 8), ((2, 36, 1, 2), 8), ((3, 12, 1, 0, 1), 4)]
+COLUMNS = [((1, 1), 4), ((3, 7, 3), 4), ((2, 17, 1, 2), 8), ((1, 33), 32), ((2, 12, 1, 0, 1), 8)]
+BLOCKS = [((1, 4), 4), ((2, 8, 2), 8), ((1, 28, 1, 2), 8), ((2, 12, 1, 0, 1), 4)]
 TASKS = [
     *((each, "unstructured@0.6") for each in COLUMNS),
     *((each, "block4@0.5") for each in BLOCKS),
     *((each, text) for each in BLOCKS[1:] for text in ("2:4", "1:4")),
-    *((each, text) for each in COLUMNS for text in ("w2", "w4-asym")),
-    *((each, text) for each in BLOCKS[2:] for text in ("w3g4-asym", "2:4+w4", "block4@0.5+w4")),
+    *((each, "w2") for each in COLUMNS),
+    *((each, "w4-asym") for each in COLUMNS[1:3]),
+    *((each, text) for each in BLOCKS[2:] for text in ("w3g4-asym", "2:4+w4")),
 ]
 
 
@@ -85,7 +93,7 @@ def test_every_kind_is_brute_force(problem, text, device):
         np.testing.assert_array_equal(found.codes, codes)
 
 
-@pytest.mark.parametrize("shape", [(2, 28), (3, 12, 3), (2, 20, 1, 2)])
+@pytest.mark.parametrize("shape", [(1, 28), (3, 8, 3), (2, 12, 1, 2)])
 @pytest.mark.parametrize("width", [1, 4])
 def test_traces_lose_what_brute_force_loses(shape, width, device):
     weight, hessian = case(*shape)
@@ -100,14 +108,14 @@ def test_traces_lose_what_brute_force_loses(shape, width, device):
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize(("group", "zeros"), [(24, 24), (4, 2), (8, 3)])
+@pytest.mark.parametrize(("group", "zeros"), [(16, 16), (4, 2), (8, 3)])
 def test_ties_go_where_the_torch_solver_takes_them(group, zeros, device):
-    weight = torch.ones(3, 24, dtype=torch.float64)
+    weight = torch.ones(3, 16, dtype=torch.float64)
     weight[1] = 0.0
     weight[2, ::2] = -1.0
     problem = damp(
         check_problem(
-            LayerProblem(weight, torch.eye(24, dtype=torch.float64), damping=0.0),
+            LayerProblem(weight, torch.eye(16, dtype=torch.float64), damping=0.0),
             needs_hessian=True,
             device=torch.device(device),
         )
@@ -118,7 +126,7 @@ def test_ties_go_where_the_torch_solver_takes_them(group, zeros, device):
     torch.testing.assert_close(increase, costs)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     problem=problems(multiple=4),
     lazy=st.sampled_from([4, 8, 32]),
@@ -140,7 +148,7 @@ def test_the_kernels_are_the_torch_solver(problem, lazy, text):
 
 @pytest.mark.parametrize("text", ["unstructured@0.7", "block4@0.5", "2:4", "w4-asym"])
 def test_float32_is_near_float64(text, device):
-    problem = layer(*case(2, 40))
+    problem = layer(*case(1, 36))
     fast = solve_levels(problem, [text], settings=by_triton(None, torch.float32), device=device)
     exact = solve_levels(problem, [text], settings=by_torch())
     assert fast[0].error == pytest.approx(exact[0].error, rel=0.03)
@@ -206,7 +214,7 @@ IN_A_PROCESS = """
     from triton.compiler import ASTSource, compile
     from obc_deploy.solvers import triton_kernels
 
-    constants = {"BLOCK": 256, "AHEAD": 2, "GROUPED": True, "entry_stride": 1}
+    constants = {"BLOCK": 128, "AHEAD": 1, "GROUPED": True, "entry_stride": 1}
     for name in ("prune_columns", "quantize", "prune_blocks"):
         kernel = getattr(triton_kernels, name)
         types = {}
