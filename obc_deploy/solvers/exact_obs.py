@@ -26,6 +26,7 @@ from obc_deploy.solvers.inverse import DowndatedInverse
 from obc_deploy.solvers.problems import DampedProblem
 from obc_deploy.solvers.prune_blocks import prune_blocks
 from obc_deploy.solvers.prune_columns import prune_columns
+from obc_deploy.solvers.replay import replay
 from obc_deploy.solvers.settings import SolverSettings, part_of
 from obc_deploy.solvers.survivors import best_weight
 
@@ -131,7 +132,8 @@ def worth_replaying(
 ) -> bool:
     """Whether one more run is less work than a solve for each level; counts in cols³ / 3."""
     solves = sum(min(level, 1.0 - level) ** 3 for level in levels)
-    return native_rows.is_native(settings, device) and solves > _SOLVES_PER_RUN
+    quick = device.type != "cpu" or native_rows.is_native(settings, device)
+    return quick and solves > _SOLVES_PER_RUN
 
 
 def _solved(
@@ -154,9 +156,9 @@ def _replayed(
 ) -> list[PrunedRows]:
     ascending = sorted(levels)
     counts = torch.stack([trace.counts(level) for level in ascending], 1)
-    weights = native_rows.replay(
-        problem, trace.order, counts, settings, progress, width=trace.width
-    )
+    native = native_rows.is_native(settings, counts.device)
+    run = native_rows.replay if native else replay
+    weights = run(problem, trace.order, counts, settings, progress, width=trace.width)
     pruned = {
         level: PrunedRows(trace.mask(count), weight)
         for level, count, weight in zip(ascending, counts.unbind(1), weights, strict=True)
