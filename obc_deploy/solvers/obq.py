@@ -20,7 +20,7 @@ from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.grids import Grid
 from obc_deploy.solvers.inverse import DowndatedInverse
 from obc_deploy.solvers.problems import DampedProblem
-from obc_deploy.solvers.settings import SolverSettings, part_of
+from obc_deploy.solvers.settings import SolverSettings, ieee_products, part_of
 from obc_deploy.solvers.survivors import selections
 
 
@@ -93,7 +93,8 @@ def obq_codes_of_survivors(
             grid.code_max,
         )
         report = part_of(progress, done / rows, (done + batch) / rows)
-        survivors.put(codes, _quantize(run, report, triton=triton))
+        with ieee_products(weight.device):
+            survivors.put(codes, _quantize(run, report, triton=triton))
         done += batch
     return codes
 

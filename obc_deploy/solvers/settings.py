@@ -116,16 +116,38 @@ class SolverSettings:
         done: list[Result] = []
         while waiting:
             batch = waiting.pop()
+            part = part_of(progress, batch.start / rows, batch.stop / rows)
             try:
-                done.append(work(batch, part_of(progress, batch.start / rows, batch.stop / rows)))
+                with ieee_products(device):
+                    done.append(work(batch, part))
+                continue
             except torch.OutOfMemoryError:
                 if batch.stop - batch.start == 1:
                     raise
-                middle = (batch.start + batch.stop) // 2
-                waiting += [slice(middle, batch.stop), slice(batch.start, middle)]
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+            # Out here the error is gone, and with it the tensors that its traceback kept.
+            middle = (batch.start + batch.stop) // 2
+            waiting += [slice(middle, batch.stop), slice(batch.start, middle)]
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         return done
+
+
+@contextmanager
+def ieee_products(device: torch.device) -> Iterator[None]:
+    """Let CUDA multiply float32 matrices in float32, whatever the program allows elsewhere.
+
+    Down-dating subtracts nearly equal numbers: the ten bits of TF32 would be nothing but noise.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 @contextmanager
