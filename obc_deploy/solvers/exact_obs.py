@@ -20,12 +20,13 @@ from functools import cached_property, partial
 import torch
 
 from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Pattern
-from obc_deploy.solvers import native_rows
+from obc_deploy.solvers import native_rows, triton_steps
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.inverse import DowndatedInverse
 from obc_deploy.solvers.problems import DampedProblem
 from obc_deploy.solvers.prune_blocks import prune_blocks
 from obc_deploy.solvers.prune_columns import prune_columns
+from obc_deploy.solvers.replay import replay
 from obc_deploy.solvers.settings import SolverSettings, part_of
 from obc_deploy.solvers.survivors import best_weight
 
@@ -131,7 +132,8 @@ def worth_replaying(
 ) -> bool:
     """Whether one more run is less work than a solve for each level; counts in cols³ / 3."""
     solves = sum(min(level, 1.0 - level) ** 3 for level in levels)
-    return native_rows.is_native(settings, device) and solves > _SOLVES_PER_RUN
+    quick = device.type != "cpu" or native_rows.is_native(settings, device)
+    return quick and solves > _SOLVES_PER_RUN
 
 
 def _solved(
@@ -154,9 +156,9 @@ def _replayed(
 ) -> list[PrunedRows]:
     ascending = sorted(levels)
     counts = torch.stack([trace.counts(level) for level in ascending], 1)
-    weights = native_rows.replay(
-        problem, trace.order, counts, settings, progress, width=trace.width
-    )
+    native = native_rows.is_native(settings, counts.device)
+    run = native_rows.replay if native else replay
+    weights = run(problem, trace.order, counts, settings, progress, width=trace.width)
     pruned = {
         level: PrunedRows(trace.mask(count), weight)
         for level, count, weight in zip(ascending, counts.unbind(1), weights, strict=True)
@@ -175,7 +177,8 @@ def trace_blocks(problem: DampedProblem, settings: SolverSettings, progress: Pro
     if native_rows.is_native(settings, problem.weight.device):
         traced = native_rows.prune_blocks(problem, settings, progress, width=BLOCK_SIZE)
     else:
-        traced = _all_rows(problem, settings, progress, prune_blocks)
+        triton = triton_steps.is_triton(settings, problem.weight.device)
+        traced = _all_rows(problem, settings, progress, partial(prune_blocks, triton=triton))
     return Trace(*traced, width=BLOCK_SIZE)
 
 
@@ -189,7 +192,8 @@ def _columns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if native_rows.is_native(settings, problem.weight.device):
         return native_rows.prune_columns(problem, settings, progress, group=group, zeros=zeros)
-    pruner = partial(prune_columns, group=group, zeros=zeros)
+    triton = triton_steps.is_triton(settings, problem.weight.device)
+    pruner = partial(prune_columns, group=group, zeros=zeros, triton=triton)
     return _all_rows(problem, settings, progress, pruner)
 
 

@@ -21,25 +21,38 @@ class DowndatedInverse:
     Positions (not columns) name the places that are left; `column` maps them to the layer's
     columns. All rows keep the same number of positions.
 
+    Nothing here waits for the device, but for `compact` where it must count what is left.
+
     Attributes:
+        stored: (rows, size, size), the inverses without what is kept aside; symmetric.
+        vectors: (rows, lazy, size), V; the first `kept` of each row count.
+        kept: update vectors that `stored` lacks.
         column: (rows, size) int64, the layer column at each position.
         floor: (rows, size), a lower bound 1 / H_ii of G_ii whatever has been eliminated; it keeps
             rounding from turning a pivot negative.
     """
 
-    def __init__(self, inverse: torch.Tensor, hessian_diagonal: torch.Tensor, *, lazy: int) -> None:
+    def __init__(
+        self,
+        inverse: torch.Tensor,
+        hessian_diagonal: torch.Tensor,
+        *,
+        lazy: int,
+        owned: bool = False,
+    ) -> None:
         """Start from H⁻¹.
 
         Args:
-            inverse: (rows, size, size); may be an expanded view, which is never written to.
+            inverse: (rows, size, size); may be an expanded view.
             hessian_diagonal: (rows, size), H_ii.
             lazy: update vectors to keep before the stored matrix changes.
+            owned: whether `inverse` may be written to.
         """
         rows, size, _ = inverse.shape
-        self._stored = inverse
-        self._owned = False
-        self._vectors = inverse.new_empty(rows, lazy, size)
-        self._kept = 0
+        self.stored = inverse
+        self._owned = owned
+        self.vectors = inverse.new_empty(rows, lazy, size)
+        self.kept = 0
         self._row = torch.arange(rows, device=inverse.device)[:, None]
         self.column = torch.arange(size, device=inverse.device).repeat(rows, 1)
         self.floor = hessian_diagonal.reciprocal()
@@ -51,41 +64,42 @@ class DowndatedInverse:
         """What a batch of a dense layer's rows starts from; rows of one group share one matrix."""
         group = problem.group_of_row[batch]
         rows, cols = group.shape[0], problem.weight.shape[1]
-        first = int(group[0])
-        if first == int(group[-1]):
+        rows_of_group = problem.weight.shape[0] // problem.inverse.shape[0]
+        first, last = batch.start // rows_of_group, (batch.stop - 1) // rows_of_group
+        if first == last:
             start = problem.inverse[first].to(settings.dtype).expand(rows, cols, cols)
         else:
-            start = problem.inverse.to(settings.dtype)[group]
+            start = problem.inverse[first : last + 1].to(settings.dtype)[group - first]
         diagonal = problem.hessian.diagonal(dim1=1, dim2=2)[group].to(settings.dtype)
-        return cls(start, diagonal, lazy=settings.update_length())
+        return cls(start, diagonal, lazy=settings.update_length(), owned=first != last)
 
     @property
     def size(self) -> int:
         """Positions left in each row."""
-        return self._stored.shape[1]
+        return self.stored.shape[1]
 
     @property
-    def is_full(self) -> bool:
-        """Whether `compact` must be called before the next elimination."""
-        return self._kept == self._vectors.shape[1]
+    def lazy(self) -> int:
+        """Eliminations after which `compact` must be called."""
+        return self.vectors.shape[1]
 
     def diagonal(self) -> torch.Tensor:
         """G_ii at each position, (rows, size), as of the last `compact`."""
-        return torch.maximum(self._stored.diagonal(dim1=1, dim2=2), self.floor)
+        return torch.maximum(self.stored.diagonal(dim1=1, dim2=2), self.floor)
 
     def diagonal_blocks(self, width: int) -> torch.Tensor:
         """G_BB of neighbouring positions, (width, width, rows, size / width), likewise."""
-        stored = self._stored
+        stored = self.stored
         pairs = [(i, j) for i in range(width) for j in range(width)]
         blocks = [stored[:, i::width, j::width].diagonal(dim1=1, dim2=2) for i, j in pairs]
         return torch.stack(blocks).reshape(width, width, stored.shape[0], -1)
 
     def columns(self, position: torch.Tensor) -> torch.Tensor:
         """Columns of the present inverse at position (rows, p), as (rows, p, size)."""
-        wanted = self._stored[self._row, position]
-        if self._kept:
-            vectors = self._vectors[:, : self._kept]
-            at = _repeated(position, self._kept)
+        wanted = self.stored[self._row, position]
+        if self.kept:
+            vectors = self.vectors[:, : self.kept]
+            at = _repeated(position, self.kept)
             wanted.baddbmm_(vectors.gather(2, at).mT, vectors, alpha=-1.0)
         return wanted
 
@@ -97,61 +111,69 @@ class DowndatedInverse:
         """
         column = self.columns(position).squeeze(1)
         pivot = torch.maximum(column.gather(1, position), self.floor.gather(1, position)).sqrt_()
-        vector = column.div_(pivot)
-        self.keep(vector[:, None, :])
+        vector = self.vectors[:, self.kept]
+        torch.div(column, pivot, out=vector)
+        self.kept += 1
         return vector, pivot
 
     def keep(self, vectors: torch.Tensor) -> None:
         """Subtract Vᵀ V; `vectors` is V, (rows, p, size)."""
-        end = self._kept + vectors.shape[1]
-        self._vectors[:, self._kept : end] = vectors
-        self._kept = end
+        end = self.kept + vectors.shape[1]
+        self.vectors[:, self.kept : end] = vectors
+        self.kept = end
 
-    def compact(self, dropped: torch.Tensor, *, width: int = 1) -> torch.Tensor:
+    def compact(
+        self, dropped: torch.Tensor, *, width: int = 1, size: int | None = None
+    ) -> torch.Tensor:
         """Update the stored matrix and shrink it by what was dropped.
 
         Args:
             dropped: (rows, size / width) bool, true where `width` neighbouring positions will not
                 be asked for again. A row may keep some dropped positions, so that all stay equal.
             width: positions that stay together.
+            size: new size / width, where all rows dropped equally many; None: what the fullest row
+                needs, which the host waits to hear.
 
         Returns:
             (rows, new size / width) int64: which of the old places each new place holds.
         """
-        vectors = self._vectors[:, : self._kept]
+        vectors = self.vectors[:, : self.kept]
         if self._owned:
-            self._stored.baddbmm_(vectors.mT, vectors, alpha=-1.0)
+            self.stored.baddbmm_(vectors.mT, vectors, alpha=-1.0)
         else:
-            self._stored = torch.baddbmm(self._stored, vectors.mT, vectors, alpha=-1.0)
+            self.stored = torch.baddbmm(self.stored, vectors.mT, vectors, alpha=-1.0)
             self._owned = True
-        self._kept = 0
+        self.kept = 0
 
-        order, hole, source = _closing_moves(dropped)
+        if size is None:
+            size = int((~dropped).sum(1).max())
+        order, hole, source = _closing_moves(dropped, size)
         hole, source, places = (_widened(part, width) for part in (hole, source, order))
         size = places.shape[1]
-        stored = self._stored
+        stored = self.stored
         if hole.shape[1]:
             # The matrix is symmetric: a moved index's row, in the new order, is its column too.
             moved = stored[self._row, source].gather(2, _repeated(places, hole.shape[1]))
             stored[:, :, :size][self._row, hole] = moved
             stored[:, :size].scatter_(2, _repeated(hole, size), moved.mT)
-        self._stored = stored[:, :size, :size]
-        self._vectors = self._vectors[:, :, :size]
+        self.stored = stored[:, :size, :size]
+        self.vectors = self.vectors[:, :, :size]
         self.column = self.column.gather(1, places)
         self.floor = self.floor.gather(1, places)
         return order
 
 
-def _closing_moves(dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Moves that close the gaps of each row: (order, hole, source), `source` goes into `hole`.
+def _closing_moves(
+    dropped: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moves that leave `size` places of each row: (order, hole, source), `source` goes into `hole`.
 
-    Rows with fewer moves than others get moves of a place onto itself.
+    There are as many as any row could need; the others move a place onto itself.
     """
-    rows = dropped.shape[0]
-    size = int((~dropped).sum(1).max())
+    rows, before = dropped.shape
     in_tail = ~dropped[:, size:]
     per_row = in_tail.sum(1, keepdim=True)
-    moves = int(per_row.max()) if in_tail.shape[1] else 0
+    moves = min(size, before - size)
     place = torch.arange(size, device=dropped.device)
     order = place.repeat(rows, 1)
     hole = true_places(dropped[:, :size])[:, :moves]

@@ -6,15 +6,46 @@ their sum times L⁻¹ w_B (OBC, arXiv 2208.11580, section 4, "block sparsity").
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from obc_deploy.schemes import BLOCK_SIZE
+from obc_deploy.solvers import triton_steps
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.inverse import DowndatedInverse
 
 
+@dataclass
+class BlockRun:
+    """How far a batch of rows has come; places are those of the inverse.
+
+    Attributes:
+        inverse: the rows' inverses.
+        weight: (rows, size).
+        gram: (4, 4, rows, blocks left), G_BB; the lower triangles are kept up to date.
+        closed: (rows, blocks left), infinite where a block is pruned already, else 0.
+    """
+
+    inverse: DowndatedInverse
+    weight: torch.Tensor
+    gram: torch.Tensor
+    closed: torch.Tensor
+
+    def compact(self) -> None:
+        """Update the inverse and drop what is closed."""
+        inverse = self.inverse
+        size = (inverse.size - inverse.kept) // BLOCK_SIZE
+        places = inverse.compact(self.closed.isinf(), width=BLOCK_SIZE, size=size)
+        self.closed = self.closed.gather(1, places)
+        within = torch.arange(BLOCK_SIZE, device=places.device)
+        columns = (places[:, :, None] * BLOCK_SIZE + within).flatten(1)
+        self.weight = self.weight.gather(1, columns)
+        self.gram = inverse.diagonal_blocks(BLOCK_SIZE)
+
+
 def prune_blocks(
-    weight: torch.Tensor, inverse: DowndatedInverse, progress: Progress
+    weight: torch.Tensor, inverse: DowndatedInverse, progress: Progress, *, triton: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune every block of every row.
 
@@ -22,6 +53,7 @@ def prune_blocks(
         weight: (rows, cols), used up.
         inverse: the rows' inverses, used up.
         progress: told the share of the steps done.
+        triton: whether a Triton kernel takes the steps between two updates of the inverse.
 
     Returns:
         (rows, blocks) int64 pruned block and (rows, blocks) loss increase of each step.
@@ -30,28 +62,35 @@ def prune_blocks(
     steps = cols // BLOCK_SIZE
     order = torch.empty(steps, rows, dtype=torch.int64, device=weight.device)
     increase = weight.new_empty(steps, rows)
+    closed = weight.new_zeros(rows, steps)
+    run = BlockRun(inverse, weight, inverse.diagonal_blocks(BLOCK_SIZE), closed)
+    take = triton_steps.prune_blocks if triton else _prune
+    at_once = inverse.lazy // BLOCK_SIZE
+    for start in range(0, steps, at_once):
+        end = min(start + at_once, steps)
+        take(run, order[start:end], increase[start:end])
+        if end < steps:
+            run.compact()
+            progress(end / steps)
+    return order.T.contiguous(), increase.T.contiguous()
+
+
+def _prune(run: BlockRun, order: torch.Tensor, increase: torch.Tensor) -> None:
+    """As many steps as `order` and `increase`, (steps, rows), have room for."""
+    inverse, weight = run.inverse, run.weight
     within = torch.arange(BLOCK_SIZE, device=weight.device)
-    closed = weight.new_zeros(rows, steps)  # infinite where a block is pruned already
-    gram = inverse.diagonal_blocks(BLOCK_SIZE)
-    for step in range(steps):
-        whitened = whiten(gram, by_component(weight), by_component(inverse.floor))
-        score = whitened.square().sum(0).add_(closed)
-        block = score.argmin(1, keepdim=True)
+    floor = by_component(inverse.floor)
+    for place, cost in zip(order, increase, strict=True):
+        whitened = whiten(run.gram, by_component(weight), floor)
+        torch.min(whitened.square().sum(0).add_(run.closed), 1, out=(cost, place))
+        block = place[:, None]
         vectors = _eliminate(inverse, block * BLOCK_SIZE + within)
         amount = whitened.gather(2, block.expand(BLOCK_SIZE, -1, 1)).permute(1, 2, 0)
         weight.sub_((amount @ vectors).squeeze(1))
-        _downdate(gram, vectors)
-
-        order[step] = inverse.column.gather(1, block * BLOCK_SIZE).squeeze(1) // BLOCK_SIZE
-        increase[step] = score.gather(1, block).squeeze(1)
-        closed.scatter_(1, block, torch.inf)
-        if inverse.is_full and step + 1 < steps:
-            places = inverse.compact(closed.isinf(), width=BLOCK_SIZE)
-            closed = closed.gather(1, places)
-            weight = weight.gather(1, (places[:, :, None] * BLOCK_SIZE + within).flatten(1))
-            gram = inverse.diagonal_blocks(BLOCK_SIZE)
-            progress((step + 1) / steps)
-    return order.T.contiguous(), increase.T.contiguous()
+        _downdate(run.gram, vectors)
+        run.closed.scatter_(1, block, torch.inf)
+    columns = inverse.column.gather(1, order.T * BLOCK_SIZE)
+    order.copy_((columns // BLOCK_SIZE).T)  # from places to blocks of the layer
 
 
 def by_component(values: torch.Tensor) -> torch.Tensor:

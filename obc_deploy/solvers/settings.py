@@ -30,16 +30,19 @@ class SolverSettings:
     Attributes:
         dtype: precision in which inverses are down-dated (they are made in float64).
         memory: bytes that the inverses of one batch of rows may take on the CPU. On a GPU a batch
-            takes a third of what is free, and half as many rows when that was too much.
+            takes half of what is free, and half as many rows when that was too much.
         lazy: eliminations whose rank-one updates are kept before the inverse itself is updated; a
             multiple of the block size. None: what was found fastest.
         native: whether the compiled row solvers work on the CPU; None: where they were built.
+        triton: whether Triton kernels take the steps between two updates of the inverses; None: on
+            CUDA devices, where Triton works.
     """
 
     dtype: torch.dtype = torch.float32
     memory: int = 1 << 29
     lazy: int | None = None
     native: bool | None = None
+    triton: bool | None = None
 
     def __post_init__(self) -> None:
         if self.lazy is not None and (self.lazy < BLOCK_SIZE or self.lazy % BLOCK_SIZE):
@@ -51,6 +54,15 @@ class SolverSettings:
     def update_length(self, *, wide: bool = False) -> int:
         """`lazy`, or what was found fastest: twice as many for inverses beyond the cache."""
         return self.lazy or (2 * _LAZY if wide else _LAZY)
+
+    def memory_on(self, device: torch.device) -> int:
+        """Bytes that one batch of rows may take: on a GPU half of what is free or can be freed."""
+        if device.type != "cuda":
+            return self.memory
+        free = torch.cuda.mem_get_info(device)[0]
+        # Torch keeps what it freed: that is there for us, though the device calls it taken.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free // 2
 
     def row_batches(self, rows: int, cols: int, workers: int = 1) -> list[slice]:
         """Slices of rows, near equal, of which `workers` have inverses that fit the memory."""
@@ -99,23 +111,43 @@ class SolverSettings:
         progress: Progress,
     ) -> list[Result]:
         """One batch after the other; one that runs out of memory is halved."""
-        sized = self
-        if device.type == "cuda":
-            sized = replace(self, memory=torch.cuda.mem_get_info(device)[0] // 3)
+        sized = replace(self, memory=self.memory_on(device))
         waiting = sized.row_batches(rows, cols)[::-1]
         done: list[Result] = []
         while waiting:
             batch = waiting.pop()
+            part = part_of(progress, batch.start / rows, batch.stop / rows)
             try:
-                done.append(work(batch, part_of(progress, batch.start / rows, batch.stop / rows)))
+                with ieee_products(device):
+                    done.append(work(batch, part))
+                continue
             except torch.OutOfMemoryError:
                 if batch.stop - batch.start == 1:
                     raise
-                middle = (batch.start + batch.stop) // 2
-                waiting += [slice(middle, batch.stop), slice(batch.start, middle)]
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+            # Out here the error is gone, and with it the tensors that its traceback kept.
+            middle = (batch.start + batch.stop) // 2
+            waiting += [slice(middle, batch.stop), slice(batch.start, middle)]
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         return done
+
+
+@contextmanager
+def ieee_products(device: torch.device) -> Iterator[None]:
+    """Let CUDA multiply float32 matrices in float32, whatever the program allows elsewhere.
+
+    Down-dating subtracts nearly equal numbers: the ten bits of TF32 would be nothing but noise.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 @contextmanager

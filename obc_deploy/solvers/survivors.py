@@ -53,8 +53,10 @@ class Selection:
 
     def put(self, full: torch.Tensor, values: torch.Tensor) -> None:
         """Write (batch, width) values back into a (rows, cols) matrix, leaving padding out."""
-        rows = self.rows[:, None].expand_as(self.index)[self.valid]
-        full[rows, self.index[self.valid]] = values[self.valid].to(full.dtype)
+        rows = self.rows[:, None]
+        # Padding keeps what is there: to leave it out by a mask would make the host wait.
+        kept = torch.where(self.valid, values.to(full.dtype), full[rows, self.index])
+        full[rows, self.index] = kept
 
 
 def selections(mask: torch.Tensor, memory: int) -> Iterator[Selection]:
@@ -110,7 +112,7 @@ def _selected_solve(
     """x_S = (M_SS)⁻¹ b_S for each row's S, its true places of the mask; 0 elsewhere."""
     solution = torch.zeros_like(right)
     # A quarter of the memory: the submatrix, its factor and the gathering's own copies.
-    for chosen in selections(mask, settings.memory // 4):
+    for chosen in selections(mask, settings.memory_on(matrix.device) // 4):
         submatrix = chosen.submatrix(matrix, problem.group_of_row)
         chosen.put(solution, _solve(submatrix, chosen.values(right)))
     return solution

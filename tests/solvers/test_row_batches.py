@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from obc_deploy.solvers import SolverSettings
-from obc_deploy.solvers.settings import torch_threads
+from obc_deploy.solvers.settings import ieee_products, torch_threads
 
 ELSEWHERE = torch.device("meta")
 """Any device that is not the CPU: batches run one after the other there."""
@@ -37,6 +37,20 @@ def test_a_batch_that_runs_out_of_memory_is_halved(fits):
     assert all(len(rows) <= fits for rows in done)
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
+
+
+def test_cuda_multiplies_in_whole_precision_only_while_it_solves():
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        with ieee_products(torch.device("cuda")):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+        with ieee_products(ELSEWHERE):
+            assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
 
 
 def test_a_single_row_that_does_not_fit_is_an_error():
