@@ -355,14 +355,16 @@ def _insert_weights(
         assert form.scale is not None
         assert form.zero_point is not None
         scale = form.scale[:, 0].contiguous()
+        # A parameter without a module (a stacked attention weight) cannot own tensors itself.
+        owner = f"{name}_quantized" if layer.weight_name == name else name
         with module.graph.inserting_before(nodes[layer.call_sites[0]]):
             weight_node = module.graph.call_function(
                 DEQUANTIZE,
                 (
-                    _constant(module, f"{name}.weight_codes", matrix_to_weight(layer, form.codes)),
-                    _constant(module, f"{name}.weight_scale", scale),
+                    _constant(module, f"{owner}.weight_codes", matrix_to_weight(layer, form.codes)),
+                    _constant(module, f"{owner}.weight_scale", scale),
                     _constant(
-                        module, f"{name}.weight_zero_point", form.zero_point[:, 0].contiguous()
+                        module, f"{owner}.weight_zero_point", form.zero_point[:, 0].contiguous()
                     ),
                     1 if layer.kind is LayerKind.CONV_TRANSPOSE2D else 0,
                 ),
@@ -373,7 +375,7 @@ def _insert_weights(
             if site in biases:
                 # Each use of a shared weight has an input scale, so a bias scale, of its own.
                 arguments[2] = _insert_bias(
-                    module, nodes[site], f"{name}.bias{index or ''}", *biases[site], scale
+                    module, nodes[site], f"{owner}.bias{index or ''}", *biases[site], scale
                 )
             nodes[site].args = tuple(arguments)
 

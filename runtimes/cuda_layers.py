@@ -247,6 +247,8 @@ def choose_kernel(
     def chosen(kernel: Kernel, reason: str | None = None) -> KernelChoice:
         return KernelChoice(facts.name, kernel, reason)
 
+    if arithmetic.is_float and not (sparse and facts.is_sparse):
+        return chosen(Kernel.DENSE, gpu.lacks(arithmetic))
     obstacle = facts.not_a_product or _lacks_arithmetic(facts, arithmetic, gpu)
     if obstacle is not None:
         return chosen(Kernel.DENSE, obstacle)

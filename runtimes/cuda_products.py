@@ -60,6 +60,12 @@ class Product(nn.Module, ABC):
     def tune(self, x: Tensor) -> None:
         """Search for the fastest algorithm for inputs like this one."""
 
+    @property
+    def sparse_weight(self) -> CompressedWeight | None:
+        """The 2:4 weight, whose algorithm another product of this shape can take over."""
+        weight = getattr(self, "_weight", None)
+        return weight if isinstance(weight, CompressedWeight) else None
+
     def forget(self) -> None:
         """Drop what only `expected` needs."""
         self.weight_values = self.bias_values = None
@@ -93,12 +99,12 @@ class DenseProduct(Product):
         return functional.linear(x, self.weight, self.bias)
 
 
-class _CompressedWeight:
+class CompressedWeight:
     """A 2:4 weight as cuSPARSELt packs it, and the algorithm that multiplies it fastest."""
 
     def __init__(self, weight: Tensor) -> None:
         self._packed = torch._cslt_compress(weight.contiguous())
-        self._algorithm: dict[str, Any] = {"alg_id": 0}
+        self.algorithm: dict[str, Any] = {"alg_id": 0}
 
     def search(self, x: Tensor, **options: Any) -> None:
         """Try cuSPARSELt's algorithms on an input; split-k ones where PyTorch can search them."""
@@ -108,15 +114,15 @@ class _CompressedWeight:
                 self._packed, x.t(), options.get("bias"), options.get("alpha"),
                 options.get("out_dtype"), True,
             )  # fmt: skip
-            self._algorithm = {"alg_id": found[0], "split_k": found[1], "split_k_mode": found[2]}
+            self.algorithm = {"alg_id": found[0], "split_k": found[1], "split_k_mode": found[2]}
             return
         best = torch._cslt_sparse_mm_search(self._packed, x.t(), transpose_result=True, **options)
-        self._algorithm = {"alg_id": int(best)}
+        self.algorithm = {"alg_id": int(best)}
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
         """X Wᵀ, (m, rows)."""
         return torch._cslt_sparse_mm(
-            self._packed, x.t(), transpose_result=True, **self._algorithm, **options
+            self._packed, x.t(), transpose_result=True, **self.algorithm, **options
         )
 
 
@@ -128,7 +134,7 @@ class SparseProduct(Product):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         """Args: weight (rows, cols) of 2:4, bias (rows,), dtype of everything."""
         super().__init__(weight, bias, dtype)
-        self._weight = _CompressedWeight(weight.to(dtype))
+        self._weight = CompressedWeight(weight.to(dtype))
         _buffer(self, "bias", None if bias is None else bias.to(dtype))
 
     def tune(self, x: Tensor) -> None:
@@ -220,7 +226,7 @@ class SparseInt8Product(_Int8):
     ) -> None:
         """Args: as for its base; fused: let cuSPARSELt apply the scales and give `dtype`."""
         super().__init__(codes, scale, bias, grid, dtype)
-        self._weight = _CompressedWeight(codes)
+        self._weight = CompressedWeight(codes)
         self._fused = fused
 
     def _options(self) -> dict[str, Any]:
@@ -305,7 +311,7 @@ class SparseFp8Product(_Fp8):
     ) -> None:
         """Args: as for its base."""
         super().__init__(weight, bias, largest, dtype)
-        self._weight = _CompressedWeight(self._codes)
+        self._weight = CompressedWeight(self._codes)
 
     def tune(self, x: Tensor) -> None:
         """Search for the fastest algorithm."""

@@ -191,6 +191,19 @@ def relative_rms(found: Tensor, wanted: Tensor) -> float:
     return float(lost / whole.clamp(min=1e-12))
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured of a product, for others of its shape.
+
+    Attributes:
+        algorithm: the fastest 2:4 algorithm; empty for dense products.
+        slower: that the dense product was faster; None where it was not.
+    """
+
+    algorithm: dict[str, Any]
+    slower: str | None = None
+
+
 class _Builder(fx.Interpreter):
     """Runs the 16-bit network once and gives each layer's call sites their product."""
 
@@ -204,6 +217,7 @@ class _Builder(fx.Interpreter):
         self._device = device
         self._gpu = gpu
         self._sites = {site: layer for layer in model.layers for site in layer.call_sites}
+        self._verdicts: dict[tuple[object, ...], Verdict] = {}
         self.choices: dict[str, KernelChoice] = {}
         self.made: dict[str, nn.Module] = {}
 
@@ -263,6 +277,7 @@ class _Builder(fx.Interpreter):
         return fitting_product(
             choice.kernel, matrix, bias, form, grid, largest, dtype, vectors,
             against=dense if self._options.faster_only and device.type == "cuda" else None,
+            verdicts=self._verdicts,
         )  # fmt: skip
 
 
@@ -277,6 +292,7 @@ def fitting_product(
     x: Tensor,
     *,
     against: Product | None = None,
+    verdicts: dict[tuple[object, ...], Verdict] | None = None,
 ) -> Product | str:
     """The first product of a kernel that is right on an input, and faster than another; or why not.
 
@@ -290,23 +306,37 @@ def fitting_product(
         dtype: float of inputs and outputs.
         x: (m, cols) an input.
         against: what it must be faster than, if anything.
+        verdicts: what was found for products of the same shape, which is not measured again.
     """
+    known = {} if verdicts is None else verdicts
     failures: list[str] = []
     makers = 2 if kernel is Kernel.SPARSE_INT8 else 1
     for index in range(makers):
+        key = (kernel, index, *weight.shape, len(x), bias is None)
+        verdict = known.get(key)
+        if verdict is not None and verdict.slower is not None:
+            return verdict.slower
         try:
             product = products(kernel, weight, bias, form, grid, largest, dtype)[index]
             product.to(x.device)
-            product.tune(x)
+            sparse = product.sparse_weight
+            if verdict is None:
+                product.tune(x)
+            elif sparse is not None:
+                sparse.algorithm = verdict.algorithm
             error = relative_rms(product(x), product.expected(x))
             if error > TOLERANCE:
                 failures.append(f"its outputs are off by {100 * error:.2g} %")
                 continue
             product.forget()
-            if against is not None:
+            algorithm = {} if sparse is None else sparse.algorithm
+            if against is not None and verdict is None:
                 ours, dense = (milliseconds(lambda p=p: p(x), x.device) for p in (product, against))  # type: ignore[misc]
                 if ours >= dense:
-                    return f"{kernel.value} took {ours:.4f} ms, dense {dense:.4f} ms"
+                    slower = f"{kernel.value} took {ours:.4f} ms, dense {dense:.4f} ms"
+                    known[key] = Verdict(algorithm, slower)
+                    return slower
+            known[key] = Verdict(algorithm)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError, AttributeError) as error:
