@@ -55,6 +55,7 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
 QUANTIZE_DEQUANTIZE = torch.ops.obc_deploy.quantize_dequantize.default
 DEQUANTIZE = torch.ops.obc_deploy.dequantize.default
 
+OWNER_SUFFIX = "_quantized"
 _ADDS = frozenset({aten.add.Tensor})
 _CONCATS = frozenset({aten.cat.default})
 _AVERAGE_POOLS = frozenset(
@@ -355,8 +356,7 @@ def _insert_weights(
         assert form.scale is not None
         assert form.zero_point is not None
         scale = form.scale[:, 0].contiguous()
-        # A parameter without a module (a stacked attention weight) cannot own tensors itself.
-        owner = f"{name}_quantized" if layer.weight_name == name else name
+        owner = owner_of_codes(layer)
         with module.graph.inserting_before(nodes[layer.call_sites[0]]):
             weight_node = module.graph.call_function(
                 DEQUANTIZE,
@@ -378,6 +378,14 @@ def _insert_weights(
                     module, nodes[site], f"{owner}.bias{index or ''}", *biases[site], scale
                 )
             nodes[site].args = tuple(arguments)
+
+
+def owner_of_codes(layer: Layer) -> str:
+    """The name that `weight_codes`, `weight_scale` and the like of a layer stand under.
+
+    A parameter without a module (a stacked attention weight) cannot own tensors itself.
+    """
+    return f"{layer.name}{OWNER_SUFFIX}" if layer.weight_name == layer.name else layer.name
 
 
 def _bias_name(site: fx.Node) -> str | None:
