@@ -23,7 +23,7 @@ from obc_deploy.exporters.parity import Codes
 from obc_deploy.exporters.pooling import keep_max_pools_in_float, means_to_global_average_pools
 from obc_deploy.exporters.qoperator import to_qoperators
 from obc_deploy.exporters.sparse_onnxruntime import to_sparse_operators
-from obc_deploy.quantized_network import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+from obc_deploy.quantized_network import DEQUANTIZE, QUANTIZE_DEQUANTIZE, owner_of_codes
 from obc_deploy.targets import Format, Target
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def build_onnx(
     means_to_global_average_pools(graph)
     _restore_names(graph, reference)
     codes = _codes(graph, reference)
-    weights = {f"{layer.name}.weight_codes": layer.name for layer in model.layers}
+    weights = {f"{owner_of_codes(layer)}.weight_codes": layer.name for layer in model.layers}
     weights |= {layer.weight_name: layer.name for layer in model.layers}
     if target.format is Format.QOPERATOR:
         if target.one_weight_step:

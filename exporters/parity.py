@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from obc_deploy.capture import parameter_name
 from obc_deploy.errors import ExportError
-from obc_deploy.quantized_network import DEQUANTIZE
+from obc_deploy.quantized_network import DEQUANTIZE, OWNER_SUFFIX
 from obc_deploy.runtimes.onnxruntime_cpu import libraries
 
 FLOAT_TOLERANCE = 1e-3
@@ -243,7 +243,9 @@ def _layer_name(weight: object) -> str | None:
         weight = weight.args[0]
     name = parameter_name(weight)
     prefix, _, leaf = (name or "").rpartition(".")
-    return prefix if leaf in {"weight", "weight_codes", "bias_codes"} else None
+    if leaf not in {"weight", "weight_codes", "bias_codes"}:
+        return None
+    return prefix.removesuffix(OWNER_SUFFIX)
 
 
 def _weight(node: fx.Node) -> object:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from obc_deploy.calibration import LayerStatistics, collect_hessians
+from obc_deploy.calibration import HESSIAN_MEMORY, LayerStatistics, collect_hessians
 from obc_deploy.capture import Network, capture, input_names, recapture
 from obc_deploy.corrections import Moments
 from obc_deploy.data import Preprocessing, Samples, as_samples
+from obc_deploy.device_memory import available_memory, limit_device_memory
 from obc_deploy.errors import CalibrationError
 from obc_deploy.folding import fold_batch_norms
 from obc_deploy.layers import Layer, UnsupportedLayer, find_layers
@@ -83,10 +84,18 @@ class CalibratedModel:
                 missing,
                 self.samples.batches(self.batch_size, exact=not self.network.dynamic_batch),
                 dtype=dtype,
-                visit=lambda layer, found: self.statistics.__setitem__(layer.name, found),
+                memory=self._hessian_memory(),
+                visit=lambda layer, found: self.statistics.__setitem__(layer.name, found.on_cpu()),
                 progress=lambda share: progress("calibrating", share),
             )
         return self.statistics
+
+    def _hessian_memory(self) -> int:
+        """Bytes of Hessians to add up at a time: on a GPU at most half of what is left there."""
+        device = torch_device(self.device)
+        if device.type != "cuda":
+            return HESSIAN_MEMORY
+        return min(HESSIAN_MEMORY, available_memory(device) // 2)
 
 
 def _placed(network: Network, device: str) -> Network:
@@ -99,6 +108,7 @@ def calibrate(
     calibration: object,
     *,
     device: str = "auto",
+    device_memory: int | str | None = None,
     limit: int | None = None,
     preprocessing: Preprocessing | None = None,
     source: str | None = None,
@@ -114,6 +124,8 @@ def calibrate(
         calibration: Samples, arrays, an `(inputs, labels)` pair, a loader, or what `load_samples`
             takes as text.
         device: "cpu", "cuda" or "auto".
+        device_memory: most memory that this process may take on a CUDA device, such as "8GiB"; kept
+            by torch's allocator from here on.
         limit: most samples to use, chosen at random with `seed`.
         preprocessing: for uint8 inputs.
         source: the model's name for the manifest.
@@ -124,9 +136,12 @@ def calibrate(
 
     Raises:
         CalibrationError: the samples are unusable, or of another shape than the model takes.
+        DeviceMemoryError: a limit that cannot be kept, or one without a CUDA device.
         ModelError: the model cannot be captured.
     """
     place = str(torch_device(device))
+    if device_memory is not None:
+        limit_device_memory(torch_device(device), device_memory)
     if limit is not None and limit < 1:
         raise CalibrationError(f"limit {limit}: give 1 or more calibration samples")
     if batch_size < 1:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from obc_deploy.capture import Network
 from obc_deploy.data import Batches
-from obc_deploy.errors import CalibrationError
+from obc_deploy.errors import CalibrationError, DeviceMemoryError
 from obc_deploy.layers import Layer, input_vectors
 
 HESSIAN_MEMORY = 4 * 2**30
@@ -40,6 +40,10 @@ class LayerStatistics:
     hessian: Tensor
     vectors: int
     dead: int
+
+    def on_cpu(self) -> LayerStatistics:
+        """The same in main memory: a device holds the Hessians of one pass, not of all layers."""
+        return LayerStatistics(self.hessian.cpu(), self.vectors, self.dead)
 
 
 class VectorProducts:
@@ -163,6 +167,7 @@ def collect_hessians(
 
     Raises:
         CalibrationError: a layer never ran, or its inputs are not finite.
+        DeviceMemoryError: a batch does not fit the device.
     """
     device = next((p.device for p in network.module.parameters()), torch.device("cpu"))
     groups = _passes(layers, memory, torch.empty((), dtype=dtype).element_size())
@@ -172,7 +177,13 @@ def collect_hessians(
         watcher = _InputWatcher(network.module, sites)
         with torch.no_grad():
             for seen, batch in enumerate(batches, start=1):
-                watcher.run(*(tensor.to(device) for tensor in batch))
+                try:
+                    watcher.run(*(tensor.to(device) for tensor in batch))
+                except torch.OutOfMemoryError as error:
+                    raise DeviceMemoryError(
+                        f"calibration does not fit the memory of '{device}' with batches of "
+                        f"{len(batch[0])} samples; give a smaller batch size, or more memory"
+                    ) from error
                 if progress is not None:
                     progress((index + seen / len(batches)) / len(groups))
         for layer in group:

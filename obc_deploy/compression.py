@@ -158,6 +158,7 @@ def compress(
     plan: FoundPlan | None = None,
     plan_settings: PlanSettings | None = None,
     device: str = "auto",
+    device_memory: int | str | None = None,
     skip: Iterable[str] = (),
     layer_schemes: Mapping[str, Scheme | str] | None = None,
     fallback: Scheme | str | None = None,
@@ -188,6 +189,8 @@ def compress(
         plan: schemes that a planner found for `calibrate`'s result, in place of `scheme`.
         plan_settings: how a budget's plan is searched for.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        device_memory: most memory to take on a CUDA device, such as "8GiB"; only with a model that
+            is not calibrated yet (see `calibrate`).
         skip: names or shell patterns of layers that stay dense.
         layer_schemes: schemes of single layers, by name or shell pattern.
         fallback: scheme of layers whose shape `scheme` does not divide; an error where None.
@@ -210,6 +213,7 @@ def compress(
     Raises:
         BudgetError: no plan keeps the budget; the message says what could be reached.
         CalibrationError: the samples are unusable.
+        DeviceMemoryError: work that does not fit the device, or a limit that cannot be kept.
         LayerError: a layer name matches nothing.
         ModelError: the model cannot be captured or is not finite.
         SchemeError: a scheme cannot be read or does not divide a layer.
@@ -237,8 +241,8 @@ def compress(
             )
         say("capturing the model", 0.0)
         calibrated = calibrate(
-            model, calibration, device=device, preprocessing=preprocessing, source=source,
-            batch_size=batch_size, seed=seed,
+            model, calibration, device=device, device_memory=device_memory,
+            preprocessing=preprocessing, source=source, batch_size=batch_size, seed=seed,
         )  # fmt: skip
     evaluated = evaluation_samples(calibrated, evaluation, preprocessing)
     if budget is not None:

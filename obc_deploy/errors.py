@@ -35,6 +35,10 @@ class ProblemError(ObcDeployError, ValueError):
     """A layer problem (weight, Hessian) that no solver can work on."""
 
 
+class DeviceMemoryError(ObcDeployError, ValueError):
+    """A memory limit that cannot be kept, or work that does not fit the device's memory."""
+
+
 class TargetError(ObcDeployError, ValueError):
     """An unknown target, or one that cannot take what it was given."""
 

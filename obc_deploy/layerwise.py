@@ -251,7 +251,7 @@ class Layerwise:
             matrix = weight_to_matrix(layer, get_tensor(dense.module, layer.weight_name))
             matrix = corrected_weight(matrix, found, damping=self.damping, name=layer.name)
             set_matrix(dense, layer, matrix)
-            statistics[layer.name] = found.inputs
+            statistics[layer.name] = found.inputs.on_cpu()
             forms[layer.name] = self._whole(layer, matrix, found.inputs, report, quantize=quantize)
             set_matrix(network, layer, forms[layer.name].weight)
             done += share

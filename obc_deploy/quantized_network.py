@@ -55,6 +55,7 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
 QUANTIZE_DEQUANTIZE = torch.ops.obc_deploy.quantize_dequantize.default
 DEQUANTIZE = torch.ops.obc_deploy.dequantize.default
 
+OWNER_SUFFIX = "_quantized"
 _ADDS = frozenset({aten.add.Tensor})
 _CONCATS = frozenset({aten.cat.default})
 _AVERAGE_POOLS = frozenset(
@@ -355,14 +356,15 @@ def _insert_weights(
         assert form.scale is not None
         assert form.zero_point is not None
         scale = form.scale[:, 0].contiguous()
+        owner = owner_of_codes(layer)
         with module.graph.inserting_before(nodes[layer.call_sites[0]]):
             weight_node = module.graph.call_function(
                 DEQUANTIZE,
                 (
-                    _constant(module, f"{name}.weight_codes", matrix_to_weight(layer, form.codes)),
-                    _constant(module, f"{name}.weight_scale", scale),
+                    _constant(module, f"{owner}.weight_codes", matrix_to_weight(layer, form.codes)),
+                    _constant(module, f"{owner}.weight_scale", scale),
                     _constant(
-                        module, f"{name}.weight_zero_point", form.zero_point[:, 0].contiguous()
+                        module, f"{owner}.weight_zero_point", form.zero_point[:, 0].contiguous()
                     ),
                     1 if layer.kind is LayerKind.CONV_TRANSPOSE2D else 0,
                 ),
@@ -373,9 +375,17 @@ def _insert_weights(
             if site in biases:
                 # Each use of a shared weight has an input scale, so a bias scale, of its own.
                 arguments[2] = _insert_bias(
-                    module, nodes[site], f"{name}.bias{index or ''}", *biases[site], scale
+                    module, nodes[site], f"{owner}.bias{index or ''}", *biases[site], scale
                 )
             nodes[site].args = tuple(arguments)
+
+
+def owner_of_codes(layer: Layer) -> str:
+    """The name that `weight_codes`, `weight_scale` and the like of a layer stand under.
+
+    A parameter without a module (a stacked attention weight) cannot own tensors itself.
+    """
+    return f"{layer.name}{OWNER_SUFFIX}" if layer.weight_name == layer.name else layer.name
 
 
 def _bias_name(site: fx.Node) -> str | None:

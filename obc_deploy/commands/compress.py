@@ -17,6 +17,7 @@ from obc_deploy.commands import options as o
 from obc_deploy.commands.bench import MeasuringPlan, bench_runs, require_runtimes
 from obc_deploy.commands.budget import Wish, compress_within, show_estimate, show_found
 from obc_deploy.commands.output import Output, Stage
+from obc_deploy.device_memory import memory_bytes
 from obc_deploy.errors import BudgetError, CalibrationError, RunDirectoryError
 from obc_deploy.schemes import Scheme
 from obc_deploy.targets import Target, as_target
@@ -75,6 +76,7 @@ class Compression:
         sequential: calibrate each layer on the compressed layers before it.
         batch_size: calibration samples at a time.
         device: where the work is done.
+        device_memory: most bytes to take there, or None.
         seed: of every random choice.
         baselines: make the dense networks too.
     """
@@ -98,6 +100,7 @@ class Compression:
     sequential: bool
     batch_size: int
     device: str
+    device_memory: int | None
     seed: int
     baselines: bool
 
@@ -109,15 +112,17 @@ class Compression:
         """
         say("loading the model", 0.0)
         from obc_deploy.calibrated import calibrate
+        from obc_deploy.solvers.dispatch import torch_device
 
+        torch_device(self.device)
         model = load_named_model(self.model, self.weights)
         say("loading the data", 0.0)
         samples = self.data.load(self.calibration, limit=self.samples, seed=self.seed)
         evaluation = self._evaluation(samples)
         say("capturing the model", 0.0)
         calibrated = calibrate(
-            model, samples, device=self.device, source=self.model, weights=self.weights,
-            batch_size=self.batch_size, seed=self.seed,
+            model, samples, device=self.device, device_memory=self.device_memory,
+            source=self.model, weights=self.weights, batch_size=self.batch_size, seed=self.seed,
         )  # fmt: skip
         return calibrated, evaluation
 
@@ -223,6 +228,7 @@ def request(
     sequential: bool,
     batch_size: int,
     device: str,
+    device_memory: str | None,
     seed: int,
     no_baselines: bool,
 ) -> Compression:
@@ -256,6 +262,7 @@ def request(
         sequential=sequential,
         batch_size=batch_size,
         device=device,
+        device_memory=None if device_memory is None else memory_bytes(device_memory),
         seed=seed,
         baselines=not no_baselines,
     )
@@ -465,6 +472,7 @@ def compress(
     samples: o.SampleCount = o.DEFAULT_SAMPLES,
     batch_size: o.BatchSize = 64,
     device: o.Device = "auto",
+    device_memory: o.DeviceMemory = None,
     damping: o.Damping = 0.01,
     dtype: o.PrecisionName = o.Precision.FLOAT32,
     ranges: o.RangesName = o.Ranges.MSE,
@@ -498,7 +506,8 @@ def compress(
         scheme=DEFAULT_SCHEME if scheme is None else scheme,
         target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
         damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,
-        batch_size=batch_size, device=device, seed=seed, no_baselines=no_baselines,
+        batch_size=batch_size, device=device, device_memory=device_memory, seed=seed,
+        no_baselines=no_baselines,
     )  # fmt: skip
     wish = _wish(
         budget=budget, max_drop=max_drop, metric=by.value, scheme_given=scheme is not None,
@@ -538,6 +547,7 @@ def run(
     samples: o.SampleCount = o.DEFAULT_SAMPLES,
     batch_size: o.BatchSize = 64,
     device: o.Device = "auto",
+    device_memory: o.DeviceMemory = None,
     damping: o.Damping = 0.01,
     dtype: o.PrecisionName = o.Precision.FLOAT32,
     ranges: o.RangesName = o.Ranges.MSE,
@@ -594,7 +604,8 @@ def run(
         scheme=DEFAULT_SCHEME if scheme is None else scheme,
         target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
         damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,
-        batch_size=batch_size, device=device, seed=seed, no_baselines=no_baselines,
+        batch_size=batch_size, device=device, device_memory=device_memory, seed=seed,
+        no_baselines=no_baselines,
     )  # fmt: skip
     wish = _wish(
         budget=budget, max_drop=max_drop, metric=by.value, scheme_given=scheme is not None,

@@ -84,6 +84,7 @@ def curve(
     samples: o.SampleCount = o.DEFAULT_SAMPLES,
     batch_size: o.BatchSize = 64,
     device: o.Device = "auto",
+    device_memory: o.DeviceMemory = None,
     damping: o.Damping = 0.01,
     dtype: o.PrecisionName = o.Precision.FLOAT32,
     ranges: o.RangesName = o.Ranges.MSE,
@@ -113,7 +114,8 @@ def curve(
         data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, scheme="w8a8",
         target=target, skip=skip, layer=layer, fallback=None, method=method, ranges=ranges,
         damping=damping, dtype=dtype, bn_reestimate=True, sequential=sequential,
-        batch_size=batch_size, device=device, seed=seed, no_baselines=False,
+        batch_size=batch_size, device=device, device_memory=device_memory, seed=seed,
+        no_baselines=False,
     )  # fmt: skip
     require_runtimes([work.target.name])
     output.mkdir(parents=True, exist_ok=True)

@@ -391,6 +391,16 @@ Device: TypeAlias = Annotated[
         rich_help_panel=_SCHEME,
     ),
 ]
+DeviceMemory: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--device-memory",
+        metavar="SIZE",
+        help="Most memory to take on a CUDA device, such as 8GiB; batches shrink to fit it.",
+        rich_help_panel=_SCHEME,
+        show_default="all of it",
+    ),
+]
 Seed: TypeAlias = Annotated[
     int, typer.Option("--seed", min=0, metavar="N", help="Seed of every random choice.")
 ]

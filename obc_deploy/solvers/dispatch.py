@@ -7,13 +7,14 @@ updates any weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from obc_deploy.errors import ProblemError
+from obc_deploy.errors import DeviceMemoryError, ProblemError
 from obc_deploy.schemes import Pattern, Quantization, Scheme, as_scheme
 from obc_deploy.solvers.contract import (
     DEFAULT_DAMPING,
@@ -146,6 +147,7 @@ def solve_levels(
         settings: memory and update length; its dtype wins over `dtype`.
 
     Raises:
+        DeviceMemoryError: not even one row at a time fits the device.
         ProblemError: as in `solve`.
         SchemeError: as in `solve`; nothing is solved if any scheme does not fit.
     """
@@ -160,10 +162,29 @@ def solve_levels(
         check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
     report = progress or _silent
     run = _solve_exactly if chosen == "exact_obs" else _solve_baseline
-    solved = run(checked, wanted, settings, report)
-    report(1.0)
     home = problem.weight.device
-    return [_result(checked, each, chosen, home) for each in solved]
+    with within_memory(checked):
+        solved = run(checked, wanted, settings, report)
+        report(1.0)
+        return [_result(checked, each, chosen, home) for each in solved]
+
+
+@contextmanager
+def within_memory(problem: CheckedProblem) -> Iterator[None]:
+    """Turn an out-of-memory that no smaller batch of rows could avoid into an error that says so.
+
+    Raises:
+        DeviceMemoryError: the layer does not fit the device.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows, cols = problem.weight.shape
+        raise DeviceMemoryError(
+            f"layer '{problem.name}' ({rows}x{cols}) does not fit the memory of "
+            f"'{problem.weight.device}' even one row at a time: allow more device memory, or work "
+            "on the CPU"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -290,8 +311,18 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ProblemError(f"device '{name}' is unknown; use 'cpu', 'cuda' or 'auto'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ProblemError(f"device '{name}': no CUDA device works here; use 'cpu' or 'auto'")
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ProblemError(f"device '{name}' is not supported; use 'cpu', 'cuda' or 'auto'")
+    if not torch.cuda.is_available():
+        why = "no CUDA device works here"
+        if torch.version.cuda is None:
+            why = "this PyTorch was built for the CPU alone"
+        raise ProblemError(f"device '{name}': {why}; use 'cpu' or 'auto'")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise ProblemError(f"device '{name}' is not there; cuda:0 to cuda:{count - 1} are")
     return device
 
 

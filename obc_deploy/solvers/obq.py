@@ -20,8 +20,8 @@ from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.grids import Grid
 from obc_deploy.solvers.inverse import DowndatedInverse
 from obc_deploy.solvers.problems import DampedProblem
-from obc_deploy.solvers.settings import SolverSettings, ieee_products, part_of
-from obc_deploy.solvers.survivors import selections
+from obc_deploy.solvers.settings import SolverSettings, ieee_products, part_of, until_it_fits
+from obc_deploy.solvers.survivors import Selection, selections
 
 
 def obq_codes(
@@ -73,7 +73,10 @@ def obq_codes_of_survivors(
     codes = zero_point.to(torch.int8)
     done = 0
     # A quarter of the memory: the restricted matrix, its factor and its inverse in float64.
-    for survivors in selections(mask, settings.memory_on(weight.device) // 4):
+    batches = selections(mask, settings.on(weight.device).memory // 4)
+
+    def solve(survivors: Selection) -> None:
+        nonlocal done
         restricted = survivors.submatrix(problem.hessian, problem.group_of_row)
         diagonal = restricted.diagonal(dim1=1, dim2=2).to(settings.dtype)
         start = torch.cholesky_inverse(torch.linalg.cholesky(restricted)).to(settings.dtype)
@@ -96,6 +99,9 @@ def obq_codes_of_survivors(
         with ieee_products(weight.device):
             survivors.put(codes, _quantize(run, report, triton=triton))
         done += batch
+
+    for _ in until_it_fits(batches, solve, size=Selection.entries, halves=Selection.halves):
+        pass
     return codes
 
 

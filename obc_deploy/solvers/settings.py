@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
 
+from obc_deploy.device_memory import available_memory
 from obc_deploy.errors import ProblemError
 from obc_deploy.schemes import BLOCK_SIZE
 from obc_deploy.solvers.contract import Progress
 
+Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 _WORTH_THREADS = 1 << 22
@@ -29,8 +32,9 @@ class SolverSettings:
 
     Attributes:
         dtype: precision in which inverses are down-dated (they are made in float64).
-        memory: bytes that the inverses of one batch of rows may take on the CPU. On a GPU a batch
-            takes half of what is free, and half as many rows when that was too much.
+        memory: bytes that the inverses of one batch of rows may take on the CPU. On a GPU they
+            take a third of what this process may still allocate there. A batch that runs out of
+            memory is halved, on either.
         lazy: eliminations whose rank-one updates are kept before the inverse itself is updated; a
             multiple of the block size. None: what was found fastest.
         native: whether the compiled row solvers work on the CPU; None: where they were built.
@@ -55,14 +59,11 @@ class SolverSettings:
         """`lazy`, or what was found fastest: twice as many for inverses beyond the cache."""
         return self.lazy or (2 * _LAZY if wide else _LAZY)
 
-    def memory_on(self, device: torch.device) -> int:
-        """Bytes that one batch of rows may take: on a GPU half of what is free or can be freed."""
+    def on(self, device: torch.device) -> SolverSettings:
+        """These settings with the memory that a device has for the inverses now."""
         if device.type != "cuda":
-            return self.memory
-        free = torch.cuda.mem_get_info(device)[0]
-        # Torch keeps what it freed: that is there for us, though the device calls it taken.
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free // 2
+            return self
+        return replace(self, memory=max(1, available_memory(device) // 3))
 
     def row_batches(self, rows: int, cols: int, workers: int = 1) -> list[slice]:
         """Slices of rows, near equal, of which `workers` have inverses that fit the memory."""
@@ -86,50 +87,91 @@ class SolverSettings:
         a layer, and for whoever else uses the machine.
         """
         if device.type != "cpu":
-            return self._until_it_fits(rows, cols, device, work, progress)
+            with ieee_products(device):
+                return _fitting(self.on(device).row_batches(rows, cols), work, progress)
         threads = worker_threads(rows, cols)
         batches = self.row_batches(rows, cols, threads)
         shared = _SharedProgress(progress, [batch.stop - batch.start for batch in batches])
         if threads == 1 or len(batches) == 1:
-            return [work(batch, shared.of(i)) for i, batch in enumerate(batches)]
+            parts = [_fitting([batch], work, shared.of(i)) for i, batch in enumerate(batches)]
+            return list(chain.from_iterable(parts))
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         try:
-            futures = [pool.submit(work, batch, shared.of(i)) for i, batch in enumerate(batches)]
-            return [future.result() for future in futures]
+            futures = [
+                pool.submit(_fitting, [batch], work, shared.of(i))
+                for i, batch in enumerate(batches)
+            ]
+            return list(chain.from_iterable(future.result() for future in futures))
         finally:
             # After an interrupt the workers stop at their next report.
             shared.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(threads)
 
-    def _until_it_fits(
-        self,
-        rows: int,
-        cols: int,
-        device: torch.device,
-        work: Callable[[slice, Progress], Result],
-        progress: Progress,
-    ) -> list[Result]:
-        """One batch after the other; one that runs out of memory is halved."""
-        sized = replace(self, memory=self.memory_on(device))
-        waiting = sized.row_batches(rows, cols)[::-1]
-        done: list[Result] = []
+
+def until_it_fits(
+    batches: Iterable[Batch],
+    work: Callable[[Batch], Result],
+    *,
+    size: Callable[[Batch], int],
+    halves: Callable[[Batch], Sequence[Batch]],
+) -> Iterator[Result]:
+    """`work` on batches in order; one that runs out of memory is done in halves.
+
+    Once a size was too large, batches of that size are halved without being tried.
+
+    Args:
+        batches: what is to be done.
+        work: does one; may be called again for parts of a batch that ran out of memory.
+        size: what its memory grows with.
+        halves: two parts of a batch, in order; one part where it cannot be divided.
+
+    Raises:
+        torch.OutOfMemoryError: what cannot be divided does not fit.
+    """
+    too_large: int | None = None
+    for given in batches:
+        waiting = [given]
         while waiting:
             batch = waiting.pop()
-            part = part_of(progress, batch.start / rows, batch.stop / rows)
-            try:
-                with ieee_products(device):
-                    done.append(work(batch, part))
-                continue
-            except torch.OutOfMemoryError:
-                if batch.stop - batch.start == 1:
-                    raise
-            # Out here the error is gone, and with it the tensors that its traceback kept.
-            middle = (batch.start + batch.stop) // 2
-            waiting += [slice(middle, batch.stop), slice(batch.start, middle)]
-            if device.type == "cuda":
+            parts = halves(batch)
+            if too_large is None or size(batch) < too_large or len(parts) == 1:
+                try:
+                    result = work(batch)
+                except torch.OutOfMemoryError:
+                    if len(parts) == 1:
+                        raise
+                    too_large = size(batch)
+                else:
+                    yield result
+                    continue
+                # Here, since the exception holds on to what the batch had allocated.
                 torch.cuda.empty_cache()
-        return done
+            waiting += reversed(parts)
+
+
+def _fitting(
+    batches: Sequence[slice], work: Callable[[slice, Progress], Result], progress: Progress
+) -> list[Result]:
+    """`work` on neighbouring batches of rows, whose progress this is."""
+    start, stop = batches[0].start, batches[-1].stop
+
+    def run(batch: slice) -> Result:
+        begin, end = ((row - start) / (stop - start) for row in (batch.start, batch.stop))
+        return work(batch, part_of(progress, begin, end))
+
+    return list(until_it_fits(batches, run, size=_rows_in, halves=_half_rows))
+
+
+def _rows_in(batch: slice) -> int:
+    return int(batch.stop - batch.start)
+
+
+def _half_rows(batch: slice) -> list[slice]:
+    middle = (batch.start + batch.stop) // 2
+    if middle == batch.start:
+        return [batch]
+    return [slice(batch.start, middle), slice(middle, batch.stop)]
 
 
 @contextmanager

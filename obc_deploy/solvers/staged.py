@@ -12,7 +12,7 @@ import torch
 from obc_deploy.errors import SchemeError
 from obc_deploy.schemes import Quantization, Scheme
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem, Progress
-from obc_deploy.solvers.dispatch import needs_hessian, torch_device
+from obc_deploy.solvers.dispatch import needs_hessian, torch_device, within_memory
 from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
 from obc_deploy.solvers.problems import (
@@ -74,6 +74,7 @@ def quantize_pruned(
         progress: told the share of the rows done.
 
     Raises:
+        DeviceMemoryError: as in `solve_levels`.
         ProblemError: as in `solve`.
         SchemeError: as in `solve`, or the scheme has no quantization.
     """
@@ -91,12 +92,13 @@ def quantize_pruned(
     # Of the pruned rows: survivors have grown to stand in for what is gone.
     grid = (shared_grid if shared_step else find_grid)(weight, quantization, shrink=exact)
     rounded = rtn_codes(weight, mask, grid)
-    if not exact or (scheme.pattern is not None and _suffices(checked, weight, grid, rounded)):
-        codes = rounded
-    elif scheme.pattern is None:
-        codes = obq_codes(damp(checked), grid, settings, report)
-    else:
-        codes = obq_codes_of_survivors(damp(checked), weight, mask, grid, settings, report)
+    with within_memory(checked):
+        if not exact or (scheme.pattern is not None and _suffices(checked, weight, grid, rounded)):
+            codes = rounded
+        elif scheme.pattern is None:
+            codes = obq_codes(damp(checked), grid, settings, report)
+        else:
+            codes = obq_codes_of_survivors(damp(checked), weight, mask, grid, settings, report)
     report(1.0)
     dequantized = grid.dequantize(codes)
     home = problem.weight.device

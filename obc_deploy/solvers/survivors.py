@@ -16,7 +16,7 @@ import torch
 from obc_deploy.solvers import native_rows
 from obc_deploy.solvers.inverse import true_places
 from obc_deploy.solvers.problems import DampedProblem
-from obc_deploy.solvers.settings import SolverSettings
+from obc_deploy.solvers.settings import SolverSettings, until_it_fits
 
 _PADDING = 1.2
 """A batch takes rows whose sizes lie within this factor."""
@@ -50,6 +50,21 @@ class Selection:
     def values(self, full: torch.Tensor) -> torch.Tensor:
         """Selected values of a (rows, cols) matrix, 0 at padding."""
         return full[self.rows[:, None], self.index] * self.valid
+
+    def entries(self) -> int:
+        """Entries of the rows' selected matrices together."""
+        rows, width = self.index.shape
+        return rows * width * width
+
+    def halves(self) -> list[Selection]:
+        """The first and the second half of the rows; itself where it has one row."""
+        middle = self.rows.shape[0] // 2
+        if middle == 0:
+            return [self]
+        return [
+            Selection(self.rows[part], self.index[part], self.valid[part])
+            for part in (slice(0, middle), slice(middle, None))
+        ]
 
     def put(self, full: torch.Tensor, values: torch.Tensor) -> None:
         """Write (batch, width) values back into a (rows, cols) matrix, leaving padding out."""
@@ -112,9 +127,14 @@ def _selected_solve(
     """x_S = (M_SS)⁻¹ b_S for each row's S, its true places of the mask; 0 elsewhere."""
     solution = torch.zeros_like(right)
     # A quarter of the memory: the submatrix, its factor and the gathering's own copies.
-    for chosen in selections(mask, settings.memory_on(matrix.device) // 4):
+    batches = selections(mask, settings.on(right.device).memory // 4)
+
+    def solve(chosen: Selection) -> None:
         submatrix = chosen.submatrix(matrix, problem.group_of_row)
         chosen.put(solution, _solve(submatrix, chosen.values(right)))
+
+    for _ in until_it_fits(batches, solve, size=Selection.entries, halves=Selection.halves):
+        pass
     return solution
 
 

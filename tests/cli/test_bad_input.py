@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 Run = Callable[..., "Answer"]  # noqa: F821
 
@@ -109,6 +110,12 @@ OPTIONS = {
     "unknown target": (("-t", "abacus"), ("abacus", "deepsparse")),
     "unknown method": (("--method", "best"), ("best", "exact_obs")),
     "unknown device": (("--device", "abacus"), ("abacus",)),
+    "unsupported device": (("--device", "meta"), ("'meta'", "'cpu', 'cuda' or 'auto'")),
+    "unreadable memory": (("--device-memory", "8 potatoes"), ("8 potatoes", "8GiB")),
+    "memory of no GPU": (
+        ("--device", "cpu", "--device-memory", "8GiB"),
+        ("8.0 GiB", "'cpu'"),
+    ),
     "unreadable mean": (("--mean", "a,b"), ("--mean 'a,b'",)),
     "mean without deviation": (("--mean", "1,2"), ("2 means",)),
     "unreadable scale": (("--scale", "1/0"), ("1/0",)),
@@ -125,6 +132,14 @@ def test_options(
     run: Run, data: Path, tmp_path: Path, given: tuple[str, ...], names: tuple[str, ...]
 ) -> None:
     _fails(run("compress", SMALL, "-c", data, "-o", tmp_path / "run", *given), *names)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["compress", "run"])
+def test_cuda_where_there_is_none(run: Run, data: Path, tmp_path: Path, command: str) -> None:
+    answer = run(command, SMALL, "-c", data, "--device", "cuda", "-o", tmp_path / "run")
+    _fails(answer, "device 'cuda'", "use 'cpu' or 'auto'")
     assert list(tmp_path.iterdir()) == []
 
 

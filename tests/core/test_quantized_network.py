@@ -267,3 +267,24 @@ def test_wide_ranges_quantize_to_nothing_and_narrow_ones_saturate():
             atol=1e-2,
             rtol=0,
         )
+
+
+def test_attention_weights_without_a_module_are_put_on_their_grids():
+    torch.manual_seed(0)
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attend(x, x, x, need_weights=False)[0]
+
+    samples = np.random.default_rng(0).standard_normal((8, 5, 16)).astype(np.float32)
+    made = compress(Attention(), samples, scheme="w8a8", method="rtn", baselines=False)
+    assert "attend.in_proj_weight" in made.forms
+    x = torch.from_numpy(samples)
+    with torch.no_grad():
+        found, wanted = made.module()(x), made.network.module(x)
+    assert not torch.equal(found, wanted)
+    assert float((found - wanted).square().mean() / wanted.square().mean()) < 1e-3
