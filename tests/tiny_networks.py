@@ -140,6 +140,29 @@ class FixedBatch(nn.Module):
         return self.fc(x.view(1, -1))
 
 
+class Transformer(nn.Module):
+    """An encoder block over 8 tokens of 64 features: attention, layer norms, GELU; a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(64, 192)
+        self.out = nn.Linear(64, 64)
+        self.norm1 = nn.LayerNorm(64)
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64)
+        self.norm2 = nn.LayerNorm(64)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        q, k, v = (
+            part.view(-1, 8, 4, 16).transpose(1, 2) for part in self.qkv(x).split(64, dim=-1)
+        )
+        mixed = torch.softmax(q @ k.transpose(2, 3) * 0.25, -1) @ v
+        x = self.norm1(x + self.out(mixed.transpose(1, 2).reshape(-1, 8, 64)))
+        x = self.norm2(x + self.down(functional.gelu(self.up(x))))
+        return self.head(x.mean(1))
+
+
 SHAPES: dict[type[nn.Module], tuple[int, ...]] = {
     Residual: (3, 8, 8),
     Depthwise: (3, 8, 8),
@@ -150,6 +173,7 @@ SHAPES: dict[type[nn.Module], tuple[int, ...]] = {
     Plain: (4, 8, 8),
     Twins: (4, 6, 6),
     FixedBatch: (3, 4),
+    Transformer: (8, 64),
 }
 
 

@@ -1,0 +1,192 @@
+"""An exported graph becomes one that TensorRT 10 and 11 take as a strongly typed network.
+
+    activations    symmetric signed int8, one scale a tensor, QuantizeLinear/DequantizeLinear
+    weights        INT8 codes behind DequantizeLinear, one scale an output channel
+    4-bit linears  blocks of INT4 behind DequantizeLinear, float activations
+    both, --fp8    E4M3 floats in place of INT8
+    all else       float16, bfloat16 or float32, as the types of the values say
+
+Zero points are zero throughout, biases float. `refusals` names what such a graph must not hold, in
+any file: TensorRT takes some of it without a word and computes something else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto, numpy_helper
+
+from obc_deploy.capture import get_tensor
+from obc_deploy.errors import ExportError
+from obc_deploy.exporters.edit import constant, drop_dead
+from obc_deploy.exporters.int4_blocks import to_int4_blocks
+from obc_deploy.exporters.precision import to_precision
+from obc_deploy.targets import EightBit, Precision, Target, int4_obstacle, int8_obstacle
+
+if TYPE_CHECKING:
+    from obc_deploy.compression import CompressedModel
+
+INTEGER_OPERATORS = frozenset(
+    {
+        "ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
+        "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearAdd", "QLinearAveragePool",
+        "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearMatMul",
+    }
+)  # fmt: skip
+"""Operators on integers that TensorRT has not: it wants floats between quantizers."""
+BFLOAT16_OPSET = 22
+"""The first operator set whose convolutions take bfloat16."""
+_CHANGED_SINCE_18 = frozenset({"GroupNormalization", "GridSample", "DFT"})
+"""Operators that mean something else in later operator sets."""
+_QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+def check_bits(model: CompressedModel) -> None:
+    """Whether TensorRT has kernels for the activations' bits.
+
+    Raises:
+        ExportError: a layer's activations have fewer than eight bits.
+    """
+    for layer in model.layers:
+        form = model.forms.get(layer.name)
+        quantization = None if form is None else form.scheme.quantization
+        bits = None if quantization is None else quantization.activation_bits
+        if bits not in (None, 8):
+            raise ExportError(
+                f"'{layer.name}' has {bits}-bit activations ('{quantization}'); TensorRT quantizes "
+                "activations to 8 bits alone: compress with 'a8'"
+            )
+
+
+def to_tensorrt(graph: ir.Model, model: CompressedModel, target: Target) -> tuple[str, ...]:
+    """Rewrite a graph in place; returns what a user should know.
+
+    Args:
+        graph: a QDQ or float graph with signed quantizers and float biases.
+        model: the network it was made from.
+        target: says precision and operator set.
+
+    Raises:
+        ExportError: the graph holds what TensorRT would refuse or misread.
+    """
+    notes = []
+    if target.placement.eight_bit is EightBit.FP8:
+        notes.append(
+            "layers with 8-bit activations multiply E4M3 floats, to which their weights were "
+            "rounded from the solver's grid"
+        )
+    for layer in model.layers:
+        form = model.forms.get(layer.name)
+        quantization = None if form is None else form.scheme.quantization
+        if form is None or quantization is None:
+            continue
+        reason = int4_obstacle(layer, form.scheme)
+        if quantization.activation_bits is not None:
+            reason = int8_obstacle(layer, form.scheme)
+        if reason is not None:
+            notes.append(f"{layer.name}: its weights are stored as floats: {reason}")
+    name_folded_weights(graph, model)
+    to_int4_blocks(graph)
+    drop_dead(graph)
+    changed = sorted({n.op_type for n in graph.graph if n.op_type in _CHANGED_SINCE_18})
+    if changed:
+        written = graph.graph.opset_imports[""]
+        raise ExportError(
+            f"{changed[0]} changed its meaning between operator sets {written} and {target.opset}; "
+            "export for another target"
+        )
+    graph.graph.opset_imports[""] = target.opset
+    if target.precision is Precision.BFLOAT16:
+        graph.graph.opset_imports[""] = max(target.opset, BFLOAT16_OPSET)
+    clipped = to_precision(graph, target.precision)
+    if clipped:
+        notes.append(
+            f"{clipped} constants were clipped to what {target.precision.value} holds; compare "
+            "with --precision bf16"
+        )
+    found = refusals(ir.to_proto(graph))
+    if found:
+        raise ExportError(found[0])
+    return tuple(notes)
+
+
+def name_folded_weights(graph: ir.Model, model: CompressedModel) -> None:
+    """Give float weights their layers' names again that were turned around while exporting."""
+    for layer in model.layers:
+        if layer.weight_name in graph.graph.initializers or len(layer.weight_shape) != 2:
+            continue
+        turned = get_tensor(model.network.module, layer.weight_name).numpy().T
+        form = model.forms.get(layer.name)
+        if form is not None:
+            turned = form.weight.cpu().numpy().T
+        for value in list(graph.graph.initializers.values()):
+            array = constant(value)
+            if array is None or array.dtype != turned.dtype or array.shape != turned.shape:
+                continue
+            if np.array_equal(array, turned):
+                value.name = f"{layer.weight_name}_transposed"
+                break
+
+
+def refusals(model: onnx.ModelProto) -> tuple[str, ...]:
+    """What TensorRT refuses in a graph, or would misread, each with its node and the fix.
+
+    Args:
+        model: any ONNX model.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    makers = {name: node for node in model.graph.node for name in node.output}
+    found = []
+    for node in model.graph.node:
+        name = node.name or node.output[0]
+        if node.op_type in INTEGER_OPERATORS:
+            found.append(
+                f"'{name}' ({node.op_type}) computes on integers, which TensorRT has no operator "
+                "for; export with QuantizeLinear and DequantizeLinear (--target tensorrt)"
+            )
+        if node.op_type in _QUANTIZERS:
+            found += _quantizer_refusals(node, name, constants, makers)
+    return tuple(found)
+
+
+def _quantizer_refusals(
+    node: onnx.NodeProto,
+    name: str,
+    constants: dict[str, TensorProto],
+    makers: dict[str, onnx.NodeProto],
+) -> list[str]:
+    fix = "export with symmetric signed grids (--target tensorrt)"
+    place = f"'{name}' ({node.op_type})"
+    found = []
+    zero = constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    types = {attribute.name: attribute.i for attribute in node.attribute}
+    kind = zero.data_type if zero is not None else types.get("output_dtype", 0)
+    source = constants.get(node.input[0])
+    if node.op_type == "DequantizeLinear" and source is not None:
+        kind = source.data_type
+    if node.op_type == "QuantizeLinear" and not kind:
+        kind = TensorProto.UINT8
+    if kind in (TensorProto.UINT8, TensorProto.UINT4, TensorProto.UINT16):
+        word = TensorProto.DataType.Name(kind).lower()
+        found.append(f"{place} has {word} codes, which TensorRT reads as signed ones; {fix}")
+    elif kind == TensorProto.INT32:
+        found.append(f"{place} has int32 codes; TensorRT wants biases in float: {fix}")
+    if zero is not None and numpy_helper.to_array(zero).astype(np.float32).any():
+        found.append(f"{place} has a zero point that is not zero; {fix}")
+    scale = constants.get(node.input[1])
+    if scale is None:
+        found.append(f"{place} has a scale that is computed; TensorRT wants constants")
+    elif not _usable(numpy_helper.to_array(scale)):
+        found.append(f"{place} has a scale that is zero, negative or not finite; calibrate again")
+    return found
+
+
+def _usable(scale: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bool:
+    wide = scale.astype(np.float32)
+    return bool(np.isfinite(wide).all() and (wide > 0).all())
