@@ -6,6 +6,7 @@ TensorRT builds on the GPU that the engine is for; TensorRT-RTX builds ahead of 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shlex
@@ -76,7 +77,8 @@ class EngineOptions:
         profiles: sizes of inputs with open dimensions, by input name.
         optimization_level: 0 to 5, how long it looks for kernels; its own default where None.
         workspace_bytes: most scratch memory on the device; unlimited where None.
-        timing_cache: a file that timings of kernels are kept in between builds.
+        timing_cache: a file that timings of kernels are kept in between builds; TensorRT-RTX times
+            none and leaves it alone.
         capabilities: compute capabilities to build for, as in "8.6"; TensorRT-RTX only, its own
             choice where empty.
     """
@@ -324,7 +326,8 @@ def _write_whole(path: Path, content: Any) -> None:
             f"cannot write '{path}': {error.strerror}; choose a writable place"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _device(library: str) -> str:
@@ -394,7 +397,8 @@ def build_engine(
     config = builder.create_builder_config()
     _configure(trt, config, name, chosen)
     used = _add_profiles(trt, builder, network, config, chosen.profiles)
-    _set_timing_cache(trt, config, chosen.timing_cache)
+    cache_file = None if name == "tensorrt_rtx" else chosen.timing_cache
+    _set_timing_cache(trt, config, cache_file)
     monitor = None
     if progress is not None:
         monitor = _monitor(trt, progress)
@@ -408,10 +412,9 @@ def build_engine(
     if made is None:
         raise _failure(trt, source, log)
     _write_whole(target, memoryview(made))
-    if chosen.timing_cache is not None:
-        cache = config.get_timing_cache()
-        if cache is not None:
-            _write_whole(chosen.timing_cache, memoryview(cache.serialize()))
+    cache = None if cache_file is None else config.get_timing_cache()
+    if cache_file is not None and cache is not None:
+        _write_whole(cache_file, memoryview(cache.serialize()))
     text = "".join(f"[{severity}] {line}\n" for severity, line in log.lines)
     _write_whole(target.with_name(f"{target.name}.log"), text.encode())
     manifest = _manifest(trt, name, source, target, chosen, used, log, seconds)
@@ -452,6 +455,10 @@ def _manifest(
     warnings = dict.fromkeys(
         " ".join(text.split()) for severity, text in log.lines if severity == "warning"
     )
+    if options.timing_cache is not None and library == "tensorrt_rtx":
+        warnings[f"TensorRT-RTX keeps no timings: '{options.timing_cache.name}' was not used"] = (
+            None
+        )
     return EngineManifest(
         library=library,
         version=str(trt.__version__),

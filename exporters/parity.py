@@ -138,8 +138,9 @@ class Codes:
         """The distance between neighbours of the grid at each value."""
         if not self.float8:
             return np.full(values.shape, self.scale)
-        # E4M3: three bits behind the leading one, none smaller than 2^-6.
-        exponents = np.floor(np.log2(np.maximum(np.abs(values) / self.scale, 2.0**-6)))
+        # E4M3: three bits behind the leading one. Sums that cancel leave errors of the size of
+        # what was summed, so the ever finer steps below 8 of up to 448 count as those at 8.
+        exponents = np.floor(np.log2(np.maximum(np.abs(values) / self.scale, 8.0)))
         steps: Array = self.scale * 2.0 ** (exponents - 3)
         return steps
 
