@@ -19,15 +19,12 @@ from typing import Any
 
 from obc_deploy.artifacts import file_sha256
 from obc_deploy.data import first_line
-from obc_deploy.errors import ArtifactError, ExportError, RuntimeMissingError
+from obc_deploy.errors import ExportError, RuntimeMissingError
 from obc_deploy.exporters.builder_log import SparseTactics, sparse_tactics
 from obc_deploy.manifest import EngineManifest, EngineProfile, now, write_json
+from obc_deploy.runtimes.engine_file import engine_manifest_path, read_engine_manifest
+from obc_deploy.runtimes.tensorrt import LIBRARIES
 
-LIBRARIES: Mapping[str, tuple[str, ...]] = {
-    "tensorrt": ("tensorrt", "tensorrt_bindings"),
-    "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
-}
-"""The modules that either library may be imported as."""
 INSTALL = {
     "tensorrt": "pip install tensorrt-cu13 (10.x or 11.x, from NVIDIA's own package index)",
     "tensorrt_rtx": "pip install 'obc-deploy[tensorrt-rtx]'",
@@ -154,11 +151,6 @@ def find_library(name: str | None = None) -> tuple[str, ModuleType]:
     raise RuntimeMissingError(
         f"no TensorRT with a builder here ({why}); {fix or 'choose tensorrt or tensorrt_rtx'}"
     )
-
-
-def engine_manifest_path(engine: Path) -> Path:
-    """Where an engine's manifest lies: model.engine -> model.engine.json."""
-    return engine.with_name(f"{engine.name}.json")
 
 
 def _logger(trt: ModuleType) -> Any:
@@ -330,13 +322,17 @@ def _write_whole(path: Path, content: Any) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _device(library: str) -> str:
-    """The GPU that the engine is for."""
-    if library == "tensorrt_rtx":
-        return AHEAD_OF_TIME
-    import torch
+def _device(library: str, options: EngineOptions) -> tuple[str, list[str]]:
+    """The GPU that the engine is for, and its compute capability, as far as they are known."""
+    from obc_deploy.runtimes.worker.worker_cuda import CudaError, Device
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "unknown"
+    if library == "tensorrt_rtx":
+        return AHEAD_OF_TIME, list(options.capabilities)
+    try:
+        device = Device()
+    except CudaError:
+        return "unknown", []
+    return device.name, [".".join(map(str, device.capability))]
 
 
 def _builder(trt: ModuleType, log: Any) -> Any:
@@ -459,11 +455,12 @@ def _manifest(
         warnings[f"TensorRT-RTX keeps no timings: '{options.timing_cache.name}' was not used"] = (
             None
         )
+    gpu, capabilities = _device(library, options)
     return EngineManifest(
         library=library,
         version=str(trt.__version__),
-        gpu=_device(library),
-        capabilities=list(options.capabilities),
+        gpu=gpu,
+        capabilities=capabilities,
         onnx_file=source.name,
         onnx_sha256=file_sha256(source),
         file=target.name,
@@ -494,26 +491,7 @@ def load_engine(path: Path | str) -> Engine:
     Raises:
         ArtifactError: a file is missing, damaged, or not the one the manifest describes.
     """
-    engine = Path(path)
-    beside = engine_manifest_path(engine)
-    if not engine.is_file():
-        raise ArtifactError(
-            f"no engine '{engine}'; build one with 'obc-deploy export RUN --target tensorrt "
-            "--engine'"
-        )
-    try:
-        manifest = EngineManifest.model_validate_json(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"the manifest '{beside.name}' of '{engine}' cannot be read ({first_line(error)}); "
-            "build the engine again"
-        ) from error
-    if file_sha256(engine) != manifest.file_sha256:
-        raise ArtifactError(
-            f"'{engine}' is not the engine its manifest describes: it is damaged or was changed; "
-            "build it again"
-        )
-    return Engine(engine, manifest)
+    return Engine(Path(path), read_engine_manifest(path))
 
 
 def _sizes(shapes: Mapping[str, Sequence[int]]) -> str:

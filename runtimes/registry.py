@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from obc_deploy.errors import RuntimeMissingError
-from obc_deploy.runtimes import deepsparse, onnxruntime_cpu, sparse
+from obc_deploy.runtimes import deepsparse, onnxruntime_cpu, sparse, tensorrt
 from obc_deploy.runtimes.contract import Runtime, RuntimeInfo
 from obc_deploy.targets import ONNXRUNTIME, ORT_SPARSE, Target
 
 RUNTIMES: dict[str, Runtime] = {
-    runtime.name: runtime for runtime in (onnxruntime_cpu.RUNTIME, deepsparse.RUNTIME)
+    runtime.name: runtime
+    for runtime in (onnxruntime_cpu.RUNTIME, deepsparse.RUNTIME, tensorrt.RUNTIME)
 }
 
 
