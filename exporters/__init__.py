@@ -73,7 +73,7 @@ def export(
         check_bits(model)
     quantized = model.quantized(target.placement)
     size = 2 if dynamic_batch else batch_size
-    batches = _batches(model, size)
+    batches = sample_batches(model, size)
     built = build_onnx(model, quantized, target, batches[0], dynamic_batch=dynamic_batch)
     has_codes = any(form.codes is not None for form in model.forms.values())
     form = target.format if has_codes else Format.FLOAT
@@ -160,7 +160,8 @@ def _codes_name(constant: str) -> str | None:
     return constant if ".weight_codes" in constant else None
 
 
-def _batches(model: CompressedModel, size: int) -> list[tuple[Tensor, ...]]:
+def sample_batches(model: CompressedModel, size: int) -> list[tuple[Tensor, ...]]:
+    """The model's calibration samples in batches of a size; the first ones again where few."""
     samples = model.samples
     count = max(size, len(samples) // size * size)
     batches = []

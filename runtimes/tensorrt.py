@@ -99,8 +99,8 @@ def info() -> RuntimeInfo:
         command = DRIVER_COMMAND
         reason = f"{missing}: files are written and checked here"
         if "tensorrt_rtx" in versions:
-            reason += ", and TensorRT-RTX builds engines"
-        reason += "; nothing runs until NVIDIA's driver and a GPU are here"
+            reason += ", TensorRT-RTX builds engines ahead of time"
+        reason += ", none runs"
     elif missing is not None:
         reason = f"{missing}, and neither TensorRT nor TensorRT-RTX is installed"
     elif not versions:

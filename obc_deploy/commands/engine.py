@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ from obc_deploy.targets import EightBit, Precision, Target
 
 if TYPE_CHECKING:
     from obc_deploy.artifacts import Artifact
-    from obc_deploy.exporters.engine import EngineOptions, Profile
+    from obc_deploy.compression import CompressedModel
+    from obc_deploy.exporters.engine import Engine, EngineOptions, Profile
+    from obc_deploy.manifest import EngineManifest
 
 USUAL_BATCHES = "1:8:32"
 
@@ -135,7 +137,13 @@ def engine_options(request: EngineRequest, artifact: Artifact) -> EngineOptions:
     )
 
 
-def make_engine(out: Output, artifact: Artifact, request: EngineRequest) -> dict[str, Any]:
+def _for(made: EngineManifest) -> str:
+    return made.gpu if made.library == "tensorrt_rtx" else f"for {made.gpu}"
+
+
+def make_engine(
+    out: Output, model: CompressedModel, goal: Target, artifact: Artifact, request: EngineRequest
+) -> dict[str, Any]:
     """Build the engine where that was asked for and can be done; else print the command.
 
     Returns:
@@ -146,6 +154,7 @@ def make_engine(out: Output, artifact: Artifact, request: EngineRequest) -> dict
     """
     from obc_deploy.benchmarks.table import size
     from obc_deploy.exporters.engine import build_engine, trtexec_command
+    from obc_deploy.runtimes.tensorrt import TITLES
 
     options = engine_options(request, artifact)
     command = trtexec_command(artifact.path, options)
@@ -159,8 +168,8 @@ def make_engine(out: Output, artifact: Artifact, request: EngineRequest) -> dict
         else:
             made = engine.manifest
             out.line(
-                f"{engine.path}: {size(made.size_bytes)}, {made.library} {made.version}, "
-                f"{made.gpu}, built in {made.seconds:.1f} s"
+                f"{engine.path}: {size(made.size_bytes)}, {TITLES[made.library]} {made.version}, "
+                f"built {_for(made)} in {made.seconds:.1f} s"
             )
             if made.sparse and made.sparse_chosen_count is not None:
                 out.line(
@@ -170,7 +179,58 @@ def make_engine(out: Output, artifact: Artifact, request: EngineRequest) -> dict
             for warning in made.warnings[:5]:
                 out.warn(f"the builder: {warning[:300]}")
             result["engine"] = {"path": os.fspath(engine.path), **made.model_dump(mode="json")}
-            return result
-    out.line("to build the engine on a machine with a GPU and TensorRT 10 or 11:")
+            result["run"] = try_engine(out, model, goal, artifact, engine)
+            if made.library == "tensorrt":
+                return result
+    out.line("to build the engine where a GPU and TensorRT 10 or 11 are:")
     out.line(f"  {command}")
     return result
+
+
+def try_engine(
+    out: Output, model: CompressedModel, goal: Target, artifact: Artifact, engine: Engine
+) -> dict[str, Any] | None:
+    """Run an engine where a GPU is here: its outputs against PyTorch's, and its time on the device.
+
+    Returns:
+        JSON-ready values, or None where it was not run.
+
+    Raises:
+        RuntimeFailedError: the engine does not load or run here.
+    """
+    from obc_deploy.benchmarks.table import milliseconds, percent
+    from obc_deploy.exporters import CHECKED_SAMPLES, sample_batches
+    from obc_deploy.exporters.engine_parity import compare_outputs, device_latency
+    from obc_deploy.runtimes.registry import runtime_info
+    from obc_deploy.runtimes.session import open_session
+    from obc_deploy.runtimes.tensorrt import why_no_gpu
+
+    info = runtime_info(goal.runtime)
+    if not info.works:
+        out.line(f"the engine was not run: {why_no_gpu() or info.reason}")
+        return None
+    profile = next(iter(engine.manifest.profiles.values()), None)
+    size = artifact.manifest.batch_size or (profile.optimum[0] if profile else 1)
+    batches = sample_batches(model, size)[: max(1, CHECKED_SAMPLES // size)]
+    with out.working() as say:
+        say("running the engine", 0.0)
+        with open_session(goal.runtime, engine.path, threads=1) as session:
+            parity = compare_outputs(session, model, goal, batches)
+            latency = device_latency(session, batches[0])
+            facts = session.facts
+    out.line(
+        f"outputs in {info.title} against PyTorch's on {parity.samples} samples: relative error "
+        f"{parity.relative_error:.1e}, {percent(parity.agreement)} % same answer"
+    )
+    if not parity.relative_error <= parity.tolerance:
+        out.warn(
+            f"the engine's outputs differ by more than {parity.tolerance:g}: compare its accuracy "
+            "before it ships, or export with --precision fp32"
+        )
+    out.line(
+        f"{facts['device']}, batch {size}: {milliseconds(latency.compute_ms)} ms, "
+        f"{milliseconds(latency.with_copies_ms)} ms with copies from and to the host (medians)"
+    )
+    if facts["cuda_graph"] is not True:
+        out.warn(f"timed without a CUDA graph: the engine {facts['cuda_graph']}")
+    return {"parity": parity.as_dict(), "latency": asdict(latency), "facts": facts}

@@ -21,7 +21,7 @@ from obc_deploy.commands.engine import (
 from obc_deploy.commands.output import Output, Stage
 from obc_deploy.commands.two_of_four import two_of_four
 from obc_deploy.errors import ArtifactError, ExportError, RuntimeFailedError
-from obc_deploy.targets import TARGETS, Target, as_target
+from obc_deploy.targets import TARGETS, EightBit, Target, as_target
 
 if TYPE_CHECKING:
     from obc_deploy.artifacts import Artifact
@@ -188,9 +188,12 @@ def export(
             file, goal, dynamic_batch=dynamic_batch, batch_size=batch_size, check=not no_check
         )
     made = artifact.manifest
+    integer = sum(layer.int8 for layer in made.layers)
+    bits = f"{integer} of {len(made.layers)} layers int8"
+    if goal.placement.eight_bit is EightBit.FP8:
+        bits = "8-bit layers in fp8"
     out.line(
-        f"{artifact.path}: {size(made.size_bytes)}, {made.format} graph for {made.target}, "
-        f"{sum(layer.int8 for layer in made.layers)} of {len(made.layers)} layers int8"
+        f"{artifact.path}: {size(made.size_bytes)}, {made.format} graph for {made.target}, {bits}"
     )
     if made.dense_size_bytes is not None:
         out.line(_smaller(made.size_bytes, made.dense_size_bytes))
@@ -206,7 +209,9 @@ def export(
     notes = _notes(model, goal, made.notes)
     for note in notes:
         out.warn(note)
-    built = make_engine(out, artifact, request) if goal.runtime == "tensorrt" else {}
+    built = {}
+    if goal.runtime == "tensorrt":
+        built = make_engine(out, model, goal, artifact, request)
     out.results(
         {
             "path": os.fspath(artifact.path),

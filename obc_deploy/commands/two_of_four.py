@@ -75,7 +75,8 @@ def engine_tactics(path: Path) -> SparseTactics | None:
         ArtifactError: the engine is damaged, or was built from another file.
     """
     from obc_deploy.artifacts import file_sha256
-    from obc_deploy.exporters.engine import engine_manifest_path, load_engine
+    from obc_deploy.exporters.engine import load_engine
+    from obc_deploy.runtimes.engine_file import engine_manifest_path
 
     engine = path.with_suffix(".engine")
     if not engine_manifest_path(engine).is_file():

@@ -73,7 +73,8 @@ def _load() -> Any:
             function.argtypes = arguments
             function.restype = _INT
     except (OSError, AttributeError) as error:
-        raise CudaError("no CUDA driver is here (%s)" % error) from error
+        missing = "%s is missing" % LIBRARY if "No such file" in str(error) else str(error)
+        raise CudaError("no CUDA driver is here (%s)" % missing) from error
     return library
 
 

@@ -14,7 +14,8 @@ Profile = Mapping[str, Tuple[Shape, Shape, Shape]]
 def fits(shape: Shape, smallest: Shape, largest: Shape) -> bool:
     """Whether each size lies within its bounds."""
     return len(shape) == len(smallest) and all(
-        low <= size <= high for low, size, high in zip(smallest, shape, largest)  # noqa: B905
+        low <= size <= high
+        for low, size, high in zip(smallest, shape, largest)  # noqa: B905
     )
 
 

@@ -23,10 +23,10 @@ from obc_deploy.exporters.engine import (
     EngineOptions,
     Profile,
     build_engine,
-    engine_manifest_path,
     find_library,
     load_engine,
 )
+from obc_deploy.runtimes.engine_file import engine_manifest_path
 from obc_deploy.targets import TENSORRT, EightBit, Precision
 
 try:
