@@ -1,4 +1,4 @@
-"""An engine, run: its outputs against the PyTorch model's, and what its device says of its speed."""
+"""An engine, run: its outputs against the PyTorch model's, and its speed as its device says."""
 
 from __future__ import annotations
 

@@ -86,6 +86,8 @@ class Backend:
             self._device = device = Device()
             device.make_current()
         except CudaError as error:
+            if error.code == OUT_OF_MEMORY:
+                raise Explained("the GPU is %s; end what else runs there" % error) from error
             raise NoDevice(str(error)) from error
         self._trt = trt = _library(options["modules"])
         self.version = str(trt.__version__)
@@ -99,8 +101,11 @@ class Backend:
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise self._not_deserialized()
-        self._stream = Stream(device.driver)
-        self._context = self._new_context()
+        try:
+            self._stream = Stream(device.driver)
+            self._context = self._new_context()
+        except CudaError as error:
+            raise self._failed("a stream", error) from error
         engine = self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         entering = trt.TensorIOMode.INPUT

@@ -56,14 +56,13 @@ def test_export_writes_the_file_and_the_command(
     assert "trtexec" in told.out
 
 
-@pytest.mark.parametrize("options", [("--precision", "bf16"), ("--precision", "fp32", "--fp8")])
-def test_number_formats(run: Run, lone_run: Path, tmp_path: Path, options: tuple[str]) -> None:
+def test_number_formats(run: Run, lone_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "small.onnx"
-    answer = run("export", lone_run, "-t", "tensorrt", "-o", path, *options, "--json")
+    answer = run("export", lone_run, "-t", "tensorrt", "-o", path, "--precision", "bf16", "--fp8")
     assert answer.code == 0, answer.err
+    assert "8-bit layers in fp8" in answer.out
     stored = {c.data_type for c in onnx.load(path).graph.initializer}
-    assert (TensorProto.FLOAT8E4M3FN in stored) == ("--fp8" in options)
-    assert (TensorProto.BFLOAT16 in stored) == ("bf16" in options)
+    assert {TensorProto.FLOAT8E4M3FN, TensorProto.BFLOAT16} <= stored
 
 
 @pytest.mark.parametrize(
@@ -158,10 +157,38 @@ def test_files_that_cannot_be_audited(run: Run, tensorrt_file: Path, tmp_path: P
             assert path.name in answer.err
 
 
-def test_tensorrt_is_not_measured(run: Run, lone_run: Path) -> None:
-    answer = run("bench", lone_run, "--runtime", "tensorrt")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "RUN", "--runtime", "tensorrt"),
+        ("curve", "cli_networks:small_network", "-c", "DATA", "--eval", "DATA", "-o", "OUT",
+         "-t", "tensorrt", "--budget", "macs:2x"),
+        ("compress", "cli_networks:small_network", "-c", "DATA", "-o", "OUT", "-t", "tensorrt",
+         "--budget", "latency:2x"),
+        ("run", "cli_networks:small_network", "-c", "DATA", "-o", "OUT", "--runtime", "tensorrt"),
+    ],
+)  # fmt: skip
+def test_tensorrt_is_not_timed_beside_other_runtimes(
+    run: Run, lone_run: Path, data: Path, tmp_path: Path, arguments: tuple[str]
+) -> None:
+    places = {"RUN": lone_run, "DATA": data, "OUT": tmp_path / "out"}
+    answer = run(*(places.get(word, word) for word in arguments))
     assert answer.code == 2
-    assert "tensorrt" in answer.err
+    assert answer.out == ""
+    assert len(answer.err.splitlines()) == 1
+    assert "no network is timed for target 'tensorrt' here" in answer.err
+    assert "--target tensorrt --engine" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_budgets_that_nothing_is_timed_for(run: Run, data: Path, tmp_path: Path) -> None:
+    answer = run(
+        "compress", "cli_networks:small_network", "-c", data, "-o", tmp_path / "run", "-t",
+        "tensorrt", "--budget", "bops:4.5x", "--no-baselines", "--search-time", 0,
+        "--database", tmp_path / "database",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert f"next: obc-deploy export {tmp_path / 'run'} --engine" in answer.out
 
 
 @pytest.mark.tensorrt_rtx

@@ -10,20 +10,30 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exported import constants
+from exported import constants, tensorrt
 from onnx import TensorProto, helper, numpy_helper
 from tiny_networks import Depthwise, Residual, Transformer, Upsampling, build, samples
 from torch import nn
 
 from obc_deploy.activations import FLOAT8_MAX
+from obc_deploy.artifacts import file_sha256
 from obc_deploy.compression import compress
-from obc_deploy.errors import ExportError
-from obc_deploy.exporters import onnx_file, parity
+from obc_deploy.errors import ExportError, RuntimeFailedError, RuntimeMissingError
+from obc_deploy.exporters import onnx_file, parity, sample_batches
+from obc_deploy.exporters.engine import (
+    AHEAD_OF_TIME,
+    EngineOptions,
+    build_engine,
+    find_library,
+    load_engine,
+)
+from obc_deploy.exporters.engine_parity import compare_outputs, device_latency
 from obc_deploy.exporters.precision import in_float32
 from obc_deploy.exporters.tensorrt import refusals
 from obc_deploy.layers import matrix_to_weight
+from obc_deploy.runtimes.session import open_session
 from obc_deploy.runtimes.two_of_four import check_two_of_four
-from obc_deploy.targets import TENSORRT, EightBit, Precision
+from obc_deploy.targets import EightBit, Precision
 
 FP16, BF16, FP32 = Precision.FLOAT16, Precision.BFLOAT16, Precision.FLOAT32
 STORED = {
@@ -31,25 +41,36 @@ STORED = {
 }  # fmt: skip
 
 
-def target(precision=FP32, eight_bit=EightBit.INT8):
-    placement = replace(TENSORRT.placement, eight_bit=eight_bit)
-    return replace(TENSORRT, precision=precision, placement=placement)
+INT8, FP8 = EightBit.INT8, EightBit.FP8
+FORMS = [
+    (kind, scheme, eight_bit)
+    for kind in (Residual, Transformer)
+    for scheme, eight_bit in (
+        ("dense", INT8),
+        ("2:4", INT8),
+        ("w8a8", INT8),
+        ("2:4+w8a8", INT8),
+        ("w8a8", FP8),
+        ("2:4+w8a8", FP8),
+        ("w4g32", INT8),
+        ("2:4+w4g32", INT8),
+    )
+    if kind is Transformer or "g32" not in scheme  # convolutions have no blocks of INT4
+]
+OTHER_PRECISIONS = [
+    (Residual, "2:4+w8a8", INT8, FP32),
+    (Residual, "2:4+w8a8", INT8, BF16),
+    (Residual, "2:4+w8a8", FP8, FP32),
+    (Transformer, "2:4+w8a8", INT8, FP32),
+    (Transformer, "2:4+w8a8", FP8, BF16),
+]
+EVERY_FORM = [*((*form, FP16) for form in FORMS), *OTHER_PRECISIONS]
 
-
-@pytest.fixture(scope="module")
-def pruned():
-    """Networks whose layers are 2:4, and quantized as their scheme says."""
-    made = {}
-
-    def network(kind, scheme):
-        if (kind, scheme) not in made:
-            made[kind, scheme] = compress(
-                build(kind), samples(kind), scheme=scheme, method="magnitude", baselines=False,
-                fallback="w8a8" if scheme.endswith("a8") else "dense",
-            )  # fmt: skip
-        return made[kind, scheme]
-
-    return network
+try:
+    find_library("tensorrt_rtx")
+    MISSING = None
+except RuntimeMissingError as error:
+    MISSING = str(error)
 
 
 def run(path, x):
@@ -74,23 +95,11 @@ def distance(found, wanted):
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("precision", [FP32, FP16, BF16])
-@pytest.mark.parametrize(
-    ("kind", "scheme", "eight_bit"),
-    [
-        (Residual, "dense", EightBit.INT8),
-        (Residual, "2:4+w8a8", EightBit.INT8),
-        (Residual, "2:4+w8a8", EightBit.FP8),
-        (Transformer, "2:4+w8a8", EightBit.INT8),
-        (Transformer, "2:4+w8a8", EightBit.FP8),
-        (Transformer, "2:4+w4g32", EightBit.INT8),
-    ],
-)
+@pytest.mark.parametrize(("kind", "scheme", "eight_bit", "precision"), EVERY_FORM)
 def test_files_compute_what_the_network_simulates(
-    pruned, tmp_path, kind, scheme, eight_bit, precision
+    for_tensorrt, tmp_path, kind, scheme, eight_bit, precision
 ):
-    model, goal = pruned(kind, scheme), target(precision, eight_bit)
-    artifact = model.export(tmp_path / "net.onnx", goal, batch_size=4)
+    artifact = for_tensorrt.file(kind, scheme, eight_bit, precision)
     proto = onnx.load(artifact.path)
     onnx.checker.check_model(proto, full_check=True)
     assert refusals(proto) == ()
@@ -105,15 +114,39 @@ def test_files_compute_what_the_network_simulates(
         path = tmp_path / "wide.onnx"
         onnx.save(in_float32(proto), path)
     x = samples(kind, 4, seed=5)
-    found = run(path, x)
     bound = {FP32: 1e-5, FP16: 3e-2, BF16: 6e-2}[precision]
-    assert distance(found, simulated(model, goal, x)) < bound
+    wanted = simulated(for_tensorrt.model(kind, scheme), tensorrt(precision, eight_bit), x)
+    assert distance(run(path, x), wanted) < bound
+
+
+@pytest.mark.tensorrt_rtx
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize(("kind", "scheme", "eight_bit", "precision"), EVERY_FORM)
+def test_tensorrt_rtx_parses_and_builds_every_form(
+    for_tensorrt, tmp_path, kind, scheme, eight_bit, precision
+):
+    source = for_tensorrt.file(kind, scheme, eight_bit, precision).path
+    for sparse in (True, False):
+        engine = build_engine(
+            source, tmp_path / "net.engine", EngineOptions(sparse=sparse), library="tensorrt_rtx"
+        )
+        made = engine.manifest
+        assert engine.path.stat().st_size == made.size_bytes > 10_000
+        assert made.file_sha256 == file_sha256(engine.path)
+        assert made.onnx_sha256 == file_sha256(source)
+        assert (made.library, made.gpu, made.sparse) == ("tensorrt_rtx", AHEAD_OF_TIME, sparse)
+        assert made.version == find_library("tensorrt_rtx")[1].__version__
+        # This library's log has no word about sparse kernels, so nothing may be said of them.
+        assert engine.tactics.chosen is None
+        assert engine.tactics.picked("node_conv2d") is None
+        assert (tmp_path / "net.engine.log").read_text().count("\n") > 10
+        assert load_engine(engine.path) == engine
 
 
 @pytest.mark.parametrize("precision", [FP32, FP16])
-def test_int8_files_follow_the_rules(pruned, tmp_path, precision):
-    model = pruned(Residual, "2:4+w8a8")
-    path = model.export(tmp_path, target(precision), check=False).path
+def test_int8_files_follow_the_rules(for_tensorrt, precision):
+    model = for_tensorrt.model(Residual, "2:4+w8a8")
+    path = for_tensorrt.file(Residual, "2:4+w8a8", INT8, precision).path
     stored = constants(path)
     for layer in model.layers:
         codes = stored[f"{layer.name}.weight_codes"]
@@ -131,8 +164,8 @@ def test_int8_files_follow_the_rules(pruned, tmp_path, precision):
         assert scale.shape == ((stored[node.input[0]].shape[0],) if weight else ())
 
 
-def test_the_shortcut_alone_is_quantized_before_a_residual_add(pruned, tmp_path):
-    path = pruned(Residual, "2:4+w8a8").export(tmp_path, target(), check=False).path
+def test_the_shortcut_alone_is_quantized_before_a_residual_add(for_tensorrt):
+    path = for_tensorrt.file(Residual, "2:4+w8a8", INT8, FP32).path
     makers = nodes_of(path)
     (add,) = (node for node in makers.values() if node.op_type == "Add")
     sources = [makers[name].op_type for name in add.input]
@@ -162,7 +195,7 @@ def test_of_two_convolutions_the_later_one_ends_in_the_add(tmp_path):
     x = np.random.default_rng(0).standard_normal((16, 4, 8, 8)).astype(np.float32)
     torch.manual_seed(0)
     model = compress(Downsampling(), x, scheme="w8a8", method="rtn", baselines=False)
-    path = model.export(tmp_path, target()).path
+    path = model.export(tmp_path, tensorrt(FP32)).path
     makers = nodes_of(path)
     (add,) = (node for node in makers.values() if node.op_type == "Add")
     conv, quantized = sorted((makers[n] for n in add.input), key=lambda node: node.op_type)
@@ -190,13 +223,10 @@ def quantized_outputs(path):
     return found
 
 
-def test_outputs_of_sparse_linears_are_quantized_and_no_others(pruned, tmp_path):
-    sparse = pruned(Transformer, "2:4+w8a8").export(tmp_path / "s", target(), check=False).path
+def test_outputs_of_sparse_linears_are_quantized_and_no_others(for_tensorrt):
+    sparse = for_tensorrt.file(Transformer, "2:4+w8a8").path
     assert quantized_outputs(sparse) == {"qkv", "out", "up", "down"}  # the head is the output
-    dense = compress(
-        build(Transformer), samples(Transformer), scheme="w8a8", method="rtn", baselines=False
-    )
-    assert quantized_outputs(dense.export(tmp_path / "d", target(), check=False).path) == set()
+    assert quantized_outputs(for_tensorrt.file(Transformer, "w8a8").path) == set()
 
 
 @pytest.mark.parametrize(
@@ -211,26 +241,26 @@ def test_outputs_of_sparse_linears_are_quantized_and_no_others(pruned, tmp_path)
         (Transformer, "2:4+w4g32", EightBit.INT8, "int4"),
     ],
 )
-def test_two_of_four_survives_every_form(pruned, tmp_path, kind, scheme, eight_bit, storage):
-    path = pruned(kind, scheme).export(tmp_path, target(FP16, eight_bit), check=False).path
+def test_two_of_four_survives_every_form(for_tensorrt, kind, scheme, eight_bit, storage):
+    path = for_tensorrt.file(kind, scheme, eight_bit).path
     layers = [layer for layer in check_two_of_four(path) if layer.inputs % 4 == 0]
     assert len(layers) == (5 if kind is Transformer else 3)
     assert all(layer.valid for layer in layers)
     assert {layer.storage for layer in layers} == {storage}
 
 
-def test_layers_keep_their_names(pruned, tmp_path):
+def test_layers_keep_their_names(for_tensorrt):
     for scheme in ("2:4", "2:4+w8a8", "2:4+w4g32"):
-        artifact = pruned(Transformer, scheme).export(tmp_path / scheme, target(FP16), check=False)
+        artifact = for_tensorrt.file(Transformer, scheme)
         names = [layer.name for layer in artifact.manifest.layers]
         assert sorted(names) == ["down", "head", "out", "qkv", "up"]
         outputs = {layer.output for layer in check_two_of_four(artifact.path)}
         assert {layer.output for layer in artifact.manifest.layers} == outputs
 
 
-def test_int4_blocks_are_the_solvers_codes(pruned, tmp_path):
-    model = pruned(Transformer, "2:4+w4g32")
-    artifact = model.export(tmp_path, target(FP16))
+def test_int4_blocks_are_the_solvers_codes(for_tensorrt):
+    model = for_tensorrt.model(Transformer, "2:4+w4g32")
+    artifact = for_tensorrt.file(Transformer, "2:4+w4g32")
     stored = constants(artifact.path)
     for layer in model.layers:
         codes = stored[f"{layer.name}.weight_codes_int4"]
@@ -246,9 +276,9 @@ def test_int4_blocks_are_the_solvers_codes(pruned, tmp_path):
     assert artifact.manifest.opset == 21
 
 
-def test_float8_weights_are_the_nearest_e4m3_floats(pruned, tmp_path):
-    model = pruned(Residual, "2:4+w8a8")
-    stored = constants(model.export(tmp_path, target(FP32, EightBit.FP8), check=False).path)
+def test_float8_weights_are_the_nearest_e4m3_floats(for_tensorrt):
+    model = for_tensorrt.model(Residual, "2:4+w8a8")
+    stored = constants(for_tensorrt.file(Residual, "2:4+w8a8", FP8, FP32).path)
     values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     grid = np.sort(values[np.isfinite(values)])
     for layer in model.layers:
@@ -260,55 +290,48 @@ def test_float8_weights_are_the_nearest_e4m3_floats(pruned, tmp_path):
         assert (np.abs(codes - steps) <= nearest + 1e-4).all()
 
 
-def test_a_batch_may_stay_open(pruned, tmp_path):
-    model, goal = pruned(Transformer, "2:4+w8a8"), target(FP16)
-    path = model.export(tmp_path, goal, dynamic_batch=True).path
+def test_a_batch_may_stay_open(for_tensorrt):
+    model, goal = for_tensorrt.model(Transformer, "2:4+w8a8"), tensorrt()
+    path = for_tensorrt.file(Transformer, "2:4+w8a8", dynamic_batch=True).path
     for count in (1, 3):
         x = samples(Transformer, count, seed=7)
         assert distance(run(path, x), simulated(model, goal, x)) < 3e-2
 
 
-def test_weight_only_schemes_without_blocks_are_stored_as_floats(tmp_path):
+def test_weight_only_schemes_without_blocks_are_stored_as_floats(for_tensorrt):
     for kind, scheme, reason in (
         (Residual, "w4", "INT4 blocks are made of"),
         (Transformer, "w3g32-asym", "no zero points"),
-        (Residual, "w4g16", "convolutions have none"),
     ):
-        fallback = {"fallback": "dense"} if "g" in scheme else {}
-        model = compress(
-            build(kind), samples(kind), scheme=scheme, method="rtn", baselines=False, **fallback
-        )
-        artifact = model.export(tmp_path / scheme, target(FP16))
+        artifact = for_tensorrt.file(kind, scheme)
         assert any(reason in note for note in artifact.manifest.notes)
         stored = constants(artifact.path)
         assert not [name for name in stored if name.startswith(("second.weight_c", "up.weight_c"))]
 
 
-def test_activations_of_fewer_bits_are_refused(tmp_path):
-    model = compress(
-        build(Residual), samples(Residual), scheme="w8a4", method="rtn", baselines=False
-    )
+def test_activations_of_fewer_bits_are_refused(for_tensorrt, tmp_path):
+    model = for_tensorrt.model(Residual, "w8a4")
     with pytest.raises(ExportError, match=r"'first' has 4-bit activations .* compress with 'a8'"):
         model.export(tmp_path, "tensorrt")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scales_that_a_precision_cannot_hold_are_refused(pruned, tmp_path):
-    model = pruned(Residual, "2:4+w8a8")
+def test_scales_that_a_precision_cannot_hold_are_refused(for_tensorrt, tmp_path):
+    model = for_tensorrt.model(Residual, "2:4+w8a8")
     form = model.forms["second"]
     tiny = {**model.forms, "second": replace(form, scale=form.scale * 1e-5)}
     with pytest.raises(ExportError, match=r"'second\.weight_scale'\) does not fit float16"):
-        replace(model, forms=tiny).export(tmp_path, target(FP16), check=False)
-    replace(model, forms=tiny).export(tmp_path, target(BF16), check=False)
+        replace(model, forms=tiny).export(tmp_path, tensorrt(), check=False)
+    replace(model, forms=tiny).export(tmp_path, tensorrt(BF16), check=False)
 
 
-def test_scales_of_channels_without_weights_do_not_matter(pruned, tmp_path):
-    model = pruned(Residual, "2:4+w8a8")
+def test_scales_of_channels_without_weights_do_not_matter(for_tensorrt, tmp_path):
+    model = for_tensorrt.model(Residual, "2:4+w8a8")
     form = model.forms["second"]
     codes, scale, weight = form.codes.clone(), form.scale.clone(), form.weight.clone()
     codes[3], scale[3], weight[3] = 0, 1e-30, 0.0
     forms = {**model.forms, "second": replace(form, codes=codes, scale=scale, weight=weight)}
-    artifact = replace(model, forms=forms).export(tmp_path, target(FP16))
+    artifact = replace(model, forms=forms).export(tmp_path, tensorrt())
     assert artifact.manifest.parity["relative_error"] < 3e-2
 
 
@@ -324,20 +347,21 @@ def test_constants_beyond_float16_are_clipped_and_said(tmp_path):
 
     x = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
     model = compress(Masked(), x, scheme="w8a8", method="rtn", baselines=False)
-    artifact = model.export(tmp_path, target(FP16))
+    artifact = model.export(tmp_path, tensorrt())
     assert any("1 constants were clipped" in note for note in artifact.manifest.notes)
     assert np.isfinite(run(artifact.path, x[:1])).all()
 
 
-@pytest.mark.parametrize("eight_bit", list(EightBit))
 @pytest.mark.parametrize(
-    ("constant", "place"),
+    ("constant", "place", "eight_bit"),
     [
-        ("second.weight_codes", "layer that differs is 'second'"),
-        ("activations.x_scale", "value that differs is 'quantize_dequantize"),
+        ("second.weight_codes", "layer that differs is 'second'", FP8),
+        ("activations.x_scale", "value that differs is 'quantize_dequantize", INT8),
     ],
 )
-def test_damage_is_found_in_float16_too(pruned, tmp_path, monkeypatch, constant, place, eight_bit):
+def test_damage_is_found_in_float16_too(
+    for_tensorrt, tmp_path, monkeypatch, constant, place, eight_bit
+):
     build_onnx = onnx_file.build_onnx
 
     def broken(*args, **options):
@@ -350,19 +374,39 @@ def test_damage_is_found_in_float16_too(pruned, tmp_path, monkeypatch, constant,
 
     monkeypatch.setattr(onnx_file, "build_onnx", broken)
     with pytest.raises(ExportError, match=f"differs from the PyTorch model.*{place}"):
-        pruned(Residual, "2:4+w8a8").export(tmp_path / "out", target(FP16, eight_bit))
+        for_tensorrt.model(Residual, "2:4+w8a8").export(tmp_path / "out", tensorrt(FP16, eight_bit))
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("precision", [FP32, FP16, BF16])
-@pytest.mark.parametrize("eight_bit", list(EightBit))
-def test_rounding_alone_passes_layer_by_layer(pruned, tmp_path, monkeypatch, precision, eight_bit):
+@pytest.mark.parametrize(
+    ("kind", "precision", "eight_bit"),
+    [(Residual, FP16, INT8), (Residual, FP32, FP8), (Transformer, BF16, INT8)],
+)
+def test_rounding_alone_passes_layer_by_layer(
+    for_tensorrt, tmp_path, monkeypatch, kind, precision, eight_bit
+):
     # No error at all is allowed end to end, so that every layer is looked at.
     monkeypatch.setattr(parity, "QUANTIZED_TOLERANCE", -1.0)
-    for kind in (Residual, Transformer):
-        model = pruned(kind, "2:4+w8a8")
-        artifact = model.export(tmp_path / kind.__name__, target(precision, eight_bit))
-        assert artifact.manifest.parity["layerwise"] is True
+    goal = tensorrt(precision, eight_bit)
+    artifact = for_tensorrt.model(kind, "2:4+w8a8").export(tmp_path, goal)
+    assert artifact.manifest.parity["layerwise"] is True
+
+
+def test_a_session_is_compared_with_the_simulated_network(for_tensorrt):
+    # The same function compares engines; here ONNX Runtime stands in place of the GPU.
+    model, artifact = (
+        made(Residual, "2:4+w8a8") for made in (for_tensorrt.model, for_tensorrt.file)
+    )
+    batches = sample_batches(model, 4)[:3]
+    with open_session("onnxruntime", artifact.path, threads=1) as session:
+        found = compare_outputs(session, model, tensorrt(), batches)
+        other = compare_outputs(session, for_tensorrt.model(Residual, "dense"), tensorrt(), batches)
+        with pytest.raises(RuntimeFailedError, match="computes on the CPU"):
+            device_latency(session, batches[0])
+    assert (found.samples, found.runtime) == (12, "onnxruntime")
+    assert 0 < found.relative_error < found.tolerance
+    assert found.agreement > 0.9
+    assert other.relative_error > found.relative_error
 
 
 @pytest.mark.parametrize("kind", [Depthwise, Upsampling])

@@ -6,20 +6,15 @@ kernels a GPU will run: the engines are never deserialized here.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_networks import Residual, Transformer, build, samples
+from tiny_networks import Residual, Transformer, samples
 
-from obc_deploy.artifacts import file_sha256
-from obc_deploy.compression import compress
 from obc_deploy.errors import ArtifactError, ExportError, RuntimeMissingError
 from obc_deploy.exporters import engine as engines
 from obc_deploy.exporters.engine import (
-    AHEAD_OF_TIME,
     EngineOptions,
     Profile,
     build_engine,
@@ -27,7 +22,6 @@ from obc_deploy.exporters.engine import (
     load_engine,
 )
 from obc_deploy.runtimes.engine_file import engine_manifest_path
-from obc_deploy.targets import TENSORRT, EightBit, Precision
 
 try:
     find_library("tensorrt_rtx")
@@ -40,77 +34,16 @@ pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
 ]
 
-FP16, BF16, FP32 = Precision.FLOAT16, Precision.BFLOAT16, Precision.FLOAT32
-PATHS = [
-    (kind, scheme, eight_bit)
-    for kind in (Residual, Transformer)
-    for scheme, eight_bit in (
-        ("dense", EightBit.INT8),
-        ("2:4", EightBit.INT8),
-        ("w8a8", EightBit.INT8),
-        ("2:4+w8a8", EightBit.INT8),
-        ("w8a8", EightBit.FP8),
-        ("2:4+w8a8", EightBit.FP8),
-        ("w4g32", EightBit.INT8),
-        ("2:4+w4g32", EightBit.INT8),
-    )
-    if kind is Transformer or "g32" not in scheme  # convolutions have no blocks of INT4
-]
-
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Files of small networks, each made once; tests leave them as they are."""
-    made = {}
-
-    def export(kind, scheme, eight_bit=EightBit.INT8, precision=FP16, **options):
-        key = (kind, scheme, eight_bit, precision, repr(options))
-        if (kind, scheme) not in made:
-            made[kind, scheme] = compress(
-                build(kind), samples(kind), scheme=scheme, baselines=False,
-                method="magnitude" if "2:4" in scheme else "rtn",
-                fallback="w8a8" if scheme.endswith("a8") else "dense",
-            )  # fmt: skip
-        if key not in made:
-            placement = replace(TENSORRT.placement, eight_bit=eight_bit)
-            goal = replace(TENSORRT, precision=precision, placement=placement)
-            folder = tmp_path_factory.mktemp("files")
-            made[key] = made[kind, scheme].export(folder, goal, check=False, **options).path
-        return made[key]
-
-    return export
+def source(for_tensorrt):
+    """A file of a small network."""
+    return for_tensorrt.file(Residual, "w8a8").path
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense-kernels"])
-@pytest.mark.parametrize(("kind", "scheme", "eight_bit"), PATHS)
-def test_every_form_is_parsed_and_built(exported, tmp_path, kind, scheme, eight_bit, sparse):
-    source = exported(kind, scheme, eight_bit)
-    engine = build_engine(
-        source, tmp_path / "net.engine", EngineOptions(sparse=sparse), library="tensorrt_rtx"
-    )
-    made = engine.manifest
-    assert engine.path.stat().st_size == made.size_bytes > 10_000
-    assert made.file_sha256 == file_sha256(engine.path)
-    assert made.onnx_sha256 == file_sha256(source)
-    assert (made.library, made.gpu, made.sparse) == ("tensorrt_rtx", AHEAD_OF_TIME, sparse)
-    assert made.version == find_library("tensorrt_rtx")[1].__version__
-    # This library's log has no word about sparse kernels, so nothing may be said of them.
-    assert engine.tactics.chosen is None
-    assert engine.tactics.picked("node_conv2d") is None
-    assert (tmp_path / "net.engine.log").read_text().count("\n") > 10
-    assert load_engine(engine.path) == engine
-
-
-@pytest.mark.parametrize("precision", [FP32, BF16])
-@pytest.mark.parametrize("kind", [Residual, Transformer])
-def test_other_precisions_are_built(exported, tmp_path, kind, precision):
-    source = exported(kind, "2:4+w8a8", precision=precision)
-    build_engine(source, tmp_path / "net.engine", library="tensorrt_rtx")
-
-
-@pytest.mark.parametrize("kind", [Residual, Transformer])
-def test_open_batches_take_a_profile(exported, tmp_path, kind):
-    source = exported(kind, "2:4+w8a8", dynamic_batch=True)
+def test_open_batches_take_a_profile(for_tensorrt, tmp_path):
+    kind = Transformer
+    source = for_tensorrt.file(kind, "2:4+w8a8", dynamic_batch=True).path
     (name,) = [value.name for value in onnx.load(source).graph.input]
     shape = samples(kind, 1).shape[1:]
     out = tmp_path / "net.engine"
@@ -128,8 +61,8 @@ def test_open_batches_take_a_profile(exported, tmp_path, kind):
         build_engine(source, out, EngineOptions(profiles={"y": good}), library="tensorrt_rtx")
 
 
-def test_level_and_workspace_and_no_timing_cache(exported, tmp_path):
-    source, cache = exported(Residual, "w8a8"), tmp_path / "net.timing"
+def test_level_and_workspace_and_no_timing_cache(source, tmp_path):
+    cache = tmp_path / "net.timing"
     options = EngineOptions(optimization_level=1, workspace_bytes=64 << 20, timing_cache=cache)
     made = build_engine(source, tmp_path / "a.engine", options, library="tensorrt_rtx").manifest
     assert (made.optimization_level, made.workspace_bytes) == (1, 64 << 20)
@@ -138,8 +71,8 @@ def test_level_and_workspace_and_no_timing_cache(exported, tmp_path):
     assert any("'net.timing' was not used" in warning for warning in made.warnings)
 
 
-def test_capabilities(exported, tmp_path):
-    source, out = exported(Residual, "w8a8"), tmp_path / "net.engine"
+def test_capabilities(source, tmp_path):
+    out = tmp_path / "net.engine"
     options = EngineOptions(capabilities=("8.6",))
     made = build_engine(source, out, options, library="tensorrt_rtx").manifest
     assert made.capabilities == ["8.6"]
@@ -147,8 +80,8 @@ def test_capabilities(exported, tmp_path):
         build_engine(source, out, EngineOptions(capabilities=("3.5",)), library="tensorrt_rtx")
 
 
-def test_progress_rises_and_may_stop_the_build(exported, tmp_path):
-    source, said = exported(Residual, "w8a8"), []
+def test_progress_rises_and_may_stop_the_build(source, tmp_path):
+    said = []
     build_engine(
         source, tmp_path / "a.engine", library="tensorrt_rtx",
         progress=lambda what, share: said.append((what, share)),
@@ -166,18 +99,14 @@ def test_progress_rises_and_may_stop_the_build(exported, tmp_path):
     assert not (tmp_path / "b.engine").exists()
 
 
-def test_a_place_that_cannot_be_written(exported, tmp_path):
+def test_a_place_that_cannot_be_written(source, tmp_path):
     (tmp_path / "file").write_text("here first")
     with pytest.raises(ExportError, match=r"cannot write .*choose a writable place"):
-        build_engine(
-            exported(Residual, "w8a8"), tmp_path / "file" / "a.engine", library="tensorrt_rtx"
-        )
+        build_engine(source, tmp_path / "file" / "a.engine", library="tensorrt_rtx")
 
 
-def test_damaged_engines_are_found(exported, tmp_path):
-    engine = build_engine(
-        exported(Residual, "w8a8"), tmp_path / "net.engine", library="tensorrt_rtx"
-    )
+def test_damaged_engines_are_found(source, tmp_path):
+    engine = build_engine(source, tmp_path / "net.engine", library="tensorrt_rtx")
     whole = engine.path.read_bytes()
     engine.path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ArtifactError, match="not the engine its manifest describes"):
@@ -278,11 +207,7 @@ def test_our_check_refuses_before_the_parser_does(tmp_path, case, reason):
         build_engine(path, tmp_path / "odd.engine", library="tensorrt_rtx")
 
 
-def test_files_for_other_runtimes_are_refused(tmp_path):
-    model = compress(
-        build(Residual), samples(Residual), scheme="w8a8", method="rtn", baselines=False
-    )
-    for goal in ("onnxruntime", "onnxruntime-qoperator"):
-        path = model.export(tmp_path / goal, goal, check=False).path
-        with pytest.raises(ExportError, match=r"\(--target tensorrt\)"):
-            build_engine(path, library="tensorrt_rtx")
+def test_files_for_other_runtimes_are_refused(for_tensorrt, tmp_path):
+    path = for_tensorrt.model(Residual, "w8a8").export(tmp_path, "onnxruntime", check=False).path
+    with pytest.raises(ExportError, match=r"\(--target tensorrt\)"):
+        build_engine(path, library="tensorrt_rtx")

@@ -22,7 +22,7 @@ from obc_deploy.runtimes.engine_file import engine_library, engine_manifest_path
 from obc_deploy.runtimes.fingerprint import Gpu
 from obc_deploy.runtimes.session import WORKER, Session, open_session
 from obc_deploy.runtimes.tensorrt import check_engine, gpu_obstacle, version_obstacle
-from obc_deploy.runtimes.worker.worker_cuda import why_no_device
+from obc_deploy.runtimes.worker.worker_cuda import Device, why_no_device
 
 NO_GPU = why_no_device()
 RTX = tensorrt.installed_libraries().get("tensorrt_rtx")
@@ -171,7 +171,7 @@ def test_runtimes_on_the_cpu_have_no_times_on_a_device(tmp_path):
     _write_probe(tmp_path / "probe.onnx")
     x = np.ones((1, 16), np.float32)
     with open_session("onnxruntime", tmp_path / "probe.onnx", threads=1) as session:
-        with pytest.raises(RuntimeFailedError, match="computes on the CPU, .* use Session.time"):
+        with pytest.raises(RuntimeFailedError, match=r"computes on the CPU, .* use Session\.time"):
             session.time_on_device({"x": x})
         with pytest.raises(RuntimeFailedError, match="0 or more and 1 or more"):
             session.time_on_device({"x": x}, samples=0)
@@ -250,7 +250,7 @@ def test_a_profile_is_chosen_exactly_where_one_fits(bounds, size):
 
 @pytest.fixture(scope="module")
 def probe_engine(tmp_path_factory):
-    """y = relu(2 x), batches of one."""
+    """An engine of y = relu(2 x) for one sample."""
     from obc_deploy.exporters.engine import build_engine
 
     path = tmp_path_factory.mktemp("engines") / "probe.onnx"
@@ -260,7 +260,7 @@ def probe_engine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def open_engine(tmp_path_factory):
-    """y = relu(2 x) for batches of 1 to 8."""
+    """The same for 1 to 8 samples."""
     import onnx
 
     from obc_deploy.exporters.engine import EngineOptions, Profile, build_engine
@@ -320,20 +320,17 @@ def test_layers_are_profiled(open_engine):
 
 
 @marked(needs_gpu)
-def test_a_batch_that_the_device_has_no_memory_for(tmp_path):
-    import onnx
-
-    from obc_deploy.exporters.engine import EngineOptions, Profile, build_engine
-
-    path = tmp_path / "huge.onnx"
-    _write_probe(path)
-    model = onnx.load(path)
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.save(model, path)
-    profile = Profile((1, 16), (1, 16), (1 << 28, 16))
-    engine = build_engine(path, options=EngineOptions(profiles={"x": profile})).path
-    with open_session("tensorrt", engine) as session:
+def test_a_device_without_free_memory_is_said(probe_engine):
+    device = Device()
+    device.make_current()
+    free, _ = device.memory()
+    held = device.driver.handle("cuMemAlloc_v2", free - (64 << 20))
+    try:
+        with pytest.raises(RuntimeFailedError, match="out of memory"):
+            open_session("tensorrt", probe_engine)
+    finally:
+        device.driver.call("cuMemFree_v2", held)
+    with open_session("tensorrt", probe_engine) as session:
         check(session, batch(1))
 
 
