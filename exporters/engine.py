@@ -427,7 +427,7 @@ def check_buildable(source: Path) -> None:
     """
     import onnx
 
-    from obc_deploy.exporters.tensorrt import refusals
+    from obc_deploy.exporters.tensorrt_refusals import refusals
     from obc_deploy.runtimes.onnx_graph import read_onnx_graph
 
     read_onnx_graph(source)

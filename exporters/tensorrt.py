@@ -6,8 +6,7 @@
     both, --fp8    E4M3 floats in place of INT8
     all else       float16, bfloat16 or float32, as the types of the values say
 
-Zero points are zero throughout, biases float. `refusals` names what such a graph must not hold, in
-any file: TensorRT takes some of it without a word and computes something else.
+Zero points are zero throughout, biases float.
 """
 
 from __future__ import annotations
@@ -15,33 +14,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx import TensorProto, numpy_helper
 
 from obc_deploy.capture import get_tensor
 from obc_deploy.errors import ExportError
 from obc_deploy.exporters.edit import constant, drop_dead
 from obc_deploy.exporters.int4_blocks import to_int4_blocks
 from obc_deploy.exporters.precision import to_precision
+from obc_deploy.exporters.tensorrt_refusals import refusals
 from obc_deploy.targets import EightBit, Precision, Target, int4_obstacle, int8_obstacle
 
 if TYPE_CHECKING:
     from obc_deploy.compression import CompressedModel
 
-INTEGER_OPERATORS = frozenset(
-    {
-        "ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
-        "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearAdd", "QLinearAveragePool",
-        "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearMatMul",
-    }
-)  # fmt: skip
-"""Operators on integers that TensorRT has not: it wants floats between quantizers."""
 BFLOAT16_OPSET = 22
 """The first operator set whose convolutions take bfloat16."""
 _CHANGED_SINCE_18 = frozenset({"GroupNormalization", "GridSample", "DFT"})
 """Operators that mean something else in later operator sets."""
-_QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def check_bits(model: CompressedModel) -> None:
@@ -129,64 +118,3 @@ def name_folded_weights(graph: ir.Model, model: CompressedModel) -> None:
             if np.array_equal(array, turned):
                 value.name = f"{layer.weight_name}_transposed"
                 break
-
-
-def refusals(model: onnx.ModelProto) -> tuple[str, ...]:
-    """What TensorRT refuses in a graph, or would misread, each with its node and the fix.
-
-    Args:
-        model: any ONNX model.
-    """
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
-    makers = {name: node for node in model.graph.node for name in node.output}
-    found = []
-    for node in model.graph.node:
-        name = node.name or node.output[0]
-        if node.op_type in INTEGER_OPERATORS:
-            found.append(
-                f"'{name}' ({node.op_type}) computes on integers, which TensorRT has no operator "
-                "for; export with QuantizeLinear and DequantizeLinear (--target tensorrt)"
-            )
-        if node.op_type in _QUANTIZERS:
-            found += _quantizer_refusals(node, name, constants, makers)
-    return tuple(found)
-
-
-def _quantizer_refusals(
-    node: onnx.NodeProto,
-    name: str,
-    constants: dict[str, TensorProto],
-    makers: dict[str, onnx.NodeProto],
-) -> list[str]:
-    fix = "export with symmetric signed grids (--target tensorrt)"
-    place = f"'{name}' ({node.op_type})"
-    found = []
-    zero = constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    types = {attribute.name: attribute.i for attribute in node.attribute}
-    kind = zero.data_type if zero is not None else types.get("output_dtype", 0)
-    source = constants.get(node.input[0])
-    if node.op_type == "DequantizeLinear" and source is not None:
-        kind = source.data_type
-    if node.op_type == "QuantizeLinear" and not kind:
-        kind = TensorProto.UINT8
-    if kind in (TensorProto.UINT8, TensorProto.UINT4, TensorProto.UINT16):
-        word = TensorProto.DataType.Name(kind).lower()
-        found.append(f"{place} has {word} codes, which TensorRT reads as signed ones; {fix}")
-    elif kind == TensorProto.INT32:
-        found.append(f"{place} has int32 codes; TensorRT wants biases in float: {fix}")
-    if zero is not None and numpy_helper.to_array(zero).astype(np.float32).any():
-        found.append(f"{place} has a zero point that is not zero; {fix}")
-    scale = constants.get(node.input[1])
-    if scale is None:
-        found.append(f"{place} has a scale that is computed; TensorRT wants constants")
-    elif not _usable(numpy_helper.to_array(scale)):
-        found.append(f"{place} has a scale that is zero, negative or not finite; calibrate again")
-    return found
-
-
-def _usable(scale: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bool:
-    wide = scale.astype(np.float32)
-    return bool(np.isfinite(wide).all() and (wide > 0).all())

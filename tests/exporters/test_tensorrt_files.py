@@ -29,7 +29,7 @@ from obc_deploy.exporters.engine import (
 )
 from obc_deploy.exporters.engine_parity import compare_outputs, device_latency
 from obc_deploy.exporters.precision import in_float32
-from obc_deploy.exporters.tensorrt import refusals
+from obc_deploy.exporters.tensorrt_refusals import refusals
 from obc_deploy.layers import matrix_to_weight
 from obc_deploy.runtimes.session import open_session
 from obc_deploy.runtimes.two_of_four import check_two_of_four

@@ -6,6 +6,10 @@ kernels a GPU will run: the engines are never deserialized here.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -211,3 +215,18 @@ def test_files_for_other_runtimes_are_refused(for_tensorrt, tmp_path):
     path = for_tensorrt.model(Residual, "w8a8").export(tmp_path, "onnxruntime", check=False).path
     with pytest.raises(ExportError, match=r"\(--target tensorrt\)"):
         build_engine(path, library="tensorrt_rtx")
+
+
+def test_building_needs_no_torch(tmp_path):
+    # `doctor` builds a small engine where a GPU is, and runtimes leave torch alone.
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from obc_deploy.exporters.engine import build_engine\n"
+        "from obc_deploy.runtimes.doctor import _write_probe\n"
+        "path = Path(sys.argv[1]); _write_probe(path); build_engine(path)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    path = tmp_path / "probe.onnx"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, path], check=True, env=env)
+    assert path.with_suffix(".engine").stat().st_size > 10_000
