@@ -28,6 +28,15 @@ $(VENV)/.runtimes: $(VENV)/.installed
 	@if $(BIN)/obc-deploy runtimes install deepsparse; then touch $@; else \
 	echo "note: going on without DeepSparse; its rows and tests are left out" >&2; fi
 
+# Builds engines ahead of time, without a GPU; there are builds of it for Linux on x86-64 alone. Its
+# packages are installed by name: the extra itself would compile ours again.
+RTX_PACKAGES = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["tensorrt-rtx"], sep="\n")
+
+$(VENV)/.tensorrt-rtx: $(VENV)/.installed
+	@if test "$$(uname -sm)" = "Linux x86_64" && $(BIN)/python -c '$(RTX_PACKAGES)' > $@.txt \
+	&& $(BIN)/python -m pip install -qq -r $@.txt; then touch $@; else \
+	echo "note: going on without TensorRT-RTX; its dry runs are left out" >&2; fi
+
 runtimes: $(VENV)/.runtimes  ## the runtimes that live in environments of their own
 
 demo: $(VENV)/.runtimes  ## compress, export, run and measure an embedded network
@@ -41,7 +50,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy -p obc_deploy
 
 # One thread a worker: threads that share cores wait for each other.
-tests: $(VENV)/.runtimes
+tests: $(VENV)/.runtimes $(VENV)/.tensorrt-rtx
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --durations=20
 
 test: lint types tests  ## lint, types and all tests, with coverage

@@ -26,7 +26,7 @@ from obc_deploy.errors import ArtifactError, MeasurementError, ObcDeployError
 from obc_deploy.manifest import Manifest
 from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Expectation, audit, count_accelerated
-from obc_deploy.runtimes.registry import require_runtime, runtime_info
+from obc_deploy.runtimes.registry import require_target, runtime_info
 from obc_deploy.runtimes.session import Session, open_session
 from obc_deploy.targets import TARGETS, Target, as_target
 
@@ -126,6 +126,7 @@ def benchmark(
 
     Raises:
         MeasurementError: nothing to measure, or numbers out of range.
+        TargetError: a target that was asked for is not measured.
         RuntimeMissingError: a runtime that was asked for is not installed.
         ArtifactError: an artifact is missing or damaged.
     """
@@ -136,7 +137,7 @@ def benchmark(
     if not chosen:
         raise MeasurementError("no runtime works here; 'obc-deploy doctor' says what to install")
     for target in chosen:
-        require_runtime(target.runtime)
+        require_target(target)
     models, files = _sort(subjects)
     with ExitStack() as stack:
         folder = (

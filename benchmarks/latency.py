@@ -48,7 +48,7 @@ from obc_deploy.latency import (
 from obc_deploy.manifest import command_line, now
 from obc_deploy.runtimes.audit import Audit, audit
 from obc_deploy.runtimes.fingerprint import take_fingerprint
-from obc_deploy.runtimes.registry import require_runtime
+from obc_deploy.runtimes.registry import check_measured, require_target
 from obc_deploy.runtimes.session import open_session
 from obc_deploy.schemes import DENSE, Scheme
 from obc_deploy.targets import Target
@@ -119,9 +119,11 @@ def latency_table(
     Raises:
         LatencyError: a named table is damaged, of another network or another machine, or lacks a
             level.
+        TargetError: the target is not measured.
         RuntimeMissingError: the target's runtime does not work here.
         RuntimeFailedError: the runtime refused the dense network.
     """
+    check_measured(target)
     settings = settings or LatencySettings()
     machine = take_fingerprint().as_dict()
     if file is not None:
@@ -135,7 +137,7 @@ def latency_table(
             for scheme in schemes:
                 table.ms(name, scheme)
         return table
-    info = require_runtime(target.runtime)
+    info = require_target(target)
     cached = table_file(
         calibrated.layers, machine, target=target.name, runtime_version=info.version or "",
         threads=settings.threads, batch_size=settings.batch_size,
@@ -169,7 +171,7 @@ def measure_table(
 ) -> LatencyTable:
     """Time every layer at every level now; arguments and errors as in `latency_table`."""
     say = progress or silent
-    info = require_runtime(target.runtime)
+    info = require_target(target)
     few = replace(calibrated, samples=calibrated.samples.take(RANGE_SAMPLES), pruned={})
     with tempfile.TemporaryDirectory(prefix="obc-latency-") as folder:
         dense = compress(few, scheme=DENSE, method="rtn", baselines=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from obc_deploy.artifacts import Artifact, file_sha256, manifest_path
 from obc_deploy.data import first_line
 from obc_deploy.errors import ExportError, RuntimeFailedError
 from obc_deploy.manifest import ArtifactLayer, ArtifactManifest, write_json
-from obc_deploy.targets import Format, Target
+from obc_deploy.targets import EightBit, Format, Precision, Target
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -50,8 +50,9 @@ def export(
     import onnx
     import torch
 
+    from obc_deploy.exporters import parity as comparison
     from obc_deploy.exporters.onnx_file import build_onnx
-    from obc_deploy.exporters.parity import FLOAT_TOLERANCE, QUANTIZED_TOLERANCE, check_parity
+    from obc_deploy.exporters.precision import in_float32
 
     if batch_size < 1:
         raise ExportError(f"batch size {batch_size}: give 1 or more")
@@ -66,9 +67,13 @@ def export(
             f"{batch_size}; give --batch-size {fixed}"
         )
     file = path if path.suffix == ".onnx" else path / MODEL_FILE
+    if target.runtime == "tensorrt":
+        from obc_deploy.exporters.tensorrt import check_bits
+
+        check_bits(model)
     quantized = model.quantized(target.placement)
     size = 2 if dynamic_batch else batch_size
-    batches = _batches(model, size)
+    batches = sample_batches(model, size)
     built = build_onnx(model, quantized, target, batches[0], dynamic_batch=dynamic_batch)
     has_codes = any(form.codes is not None for form in model.forms.values())
     form = target.format if has_codes else Format.FLOAT
@@ -85,15 +90,22 @@ def export(
         parity: dict[str, Any] = {}
         if check:
             count = max(1, CHECKED_SAMPLES // size)
-            with _runner(target, partial, size) as (run, runtime), torch.no_grad():
-                parity = check_parity(
+            rounding = comparison.ROUNDING[target.precision]
+            compared = partial
+            if target.precision is Precision.BFLOAT16:
+                compared = partial.with_suffix(".float32")
+                onnx.save(in_float32(built.proto), compared)
+            with _runner(target, compared, size) as (run, runtime), torch.no_grad():
+                parity = comparison.check_parity(
                     run, built.reference, batches[:count],
-                    tolerance=QUANTIZED_TOLERANCE if has_codes else FLOAT_TOLERANCE,
-                    runtime=runtime, path=partial, codes=built.codes, views=built.views,
+                    tolerance=comparison.QUANTIZED_TOLERANCE if has_codes else rounding.floats,
+                    runtime=runtime, path=compared, codes=built.codes, views=built.views,
+                    rounding=rounding, optimized=target.measured,
                 ).as_dict()  # fmt: skip
         os.replace(partial, file)  # noqa: PTH105
     finally:
         partial.unlink(missing_ok=True)
+        partial.with_suffix(".float32").unlink(missing_ok=True)
     manifest = ArtifactManifest(
         target=target.name,
         runtime=target.runtime,
@@ -106,13 +118,25 @@ def export(
         ir_version=built.ir_version,
         dynamic_batch=dynamic_batch,
         batch_size=None if dynamic_batch else size,
-        layers=_artifact_layers(model, quantized.int8_layers, built.outputs),
+        layers=_artifact_layers(
+            model,
+            quantized.int8_layers if target.placement.eight_bit is EightBit.INT8 else (),
+            built.outputs,
+        ),
         parity=parity,
-        notes=[f"{name}: {reason}" for name, reason in quantized.float_layers.items()],
+        notes=[
+            *([] if target.placement.int4_blocks else _float_notes(quantized.float_layers)),
+            *built.notes,
+        ],
+        precision=target.precision.value,
         compression=model.manifest,
     )
     write_json(manifest_path(file), manifest)
     return Artifact(file, manifest)
+
+
+def _float_notes(layers: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in layers.items()]
 
 
 def _artifact_layers(
@@ -136,7 +160,8 @@ def _codes_name(constant: str) -> str | None:
     return constant if ".weight_codes" in constant else None
 
 
-def _batches(model: CompressedModel, size: int) -> list[tuple[Tensor, ...]]:
+def sample_batches(model: CompressedModel, size: int) -> list[tuple[Tensor, ...]]:
+    """The model's calibration samples in batches of a size; the first ones again where few."""
     samples = model.samples
     count = max(size, len(samples) // size * size)
     batches = []
@@ -173,7 +198,7 @@ def _runner(target: Target, path: Path, batch_size: int) -> Iterator[tuple[Run, 
     from obc_deploy.runtimes.registry import runtime_info
     from obc_deploy.runtimes.session import open_session
 
-    if target.runtime != "onnxruntime" and runtime_info(target.runtime).works:
+    if target.measured and target.runtime != "onnxruntime" and runtime_info(target.runtime).works:
         try:
             opened = open_session(target.runtime, path, threads=1, batch_size=batch_size)
         except RuntimeFailedError as error:
@@ -200,6 +225,9 @@ def _runner(target: Target, path: Path, batch_size: int) -> Iterator[tuple[Run, 
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if not target.measured:
+        # Its own runtime is to read the file as it stands; so does this one then.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for library in libraries({node.domain for node in onnx.load(path).graph.node}):
         options.register_custom_ops_library(str(library))
     try:

@@ -1,7 +1,7 @@
 """From a captured PyTorch graph to an ONNX graph, by torch's own exporter.
 
-The two quantization operators of `obc_deploy.quantized_network` are translated to QuantizeLinear
-and DequantizeLinear as they stand, so the codes in the file are the solver's codes.
+The quantization operators of `obc_deploy.quantized_network` are translated to QuantizeLinear and
+DequantizeLinear as they stand, so the codes in the file are the solver's codes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ import torch
 from torch import Tensor, fx
 
 from obc_deploy.errors import ExportError
-from obc_deploy.quantized_network import DEQUANTIZE, QUANTIZE_DEQUANTIZE
+from obc_deploy.quantized_network import (
+    DEQUANTIZE,
+    DEQUANTIZE_BLOCKS,
+    QUANTIZE_DEQUANTIZE,
+    QUANTIZE_DEQUANTIZE_FLOAT8,
+)
 
 EXPORT_OPSET = 18
 """What torch's exporter writes without converting, and every runtime here reads."""
 
 
 def _translations() -> dict[Any, Any]:
-    from onnxscript import opset18
+    from onnxscript import opset18, opset21
 
     op: Any = opset18
+    newer: Any = opset21
 
     def dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
         return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
@@ -43,7 +49,20 @@ def _translations() -> dict[Any, Any]:
             codes = op.Min(op.Max(codes, low), high)
         return op.DequantizeLinear(codes, scale, zero_point)
 
-    return {DEQUANTIZE: dequantize, QUANTIZE_DEQUANTIZE: quantize_dequantize}
+    def dequantize_blocks(codes: Any, scale: Any) -> Any:
+        block = int(codes.shape[1]) // int(scale.shape[1])
+        return newer.DequantizeLinear(codes, scale, axis=1, block_size=block)
+
+    def quantize_dequantize_float8(values: Any, scale: Any, zero_point: Any) -> Any:
+        codes = newer.QuantizeLinear(values, scale, zero_point)
+        return newer.DequantizeLinear(codes, scale, zero_point)
+
+    return {
+        DEQUANTIZE: dequantize,
+        QUANTIZE_DEQUANTIZE_FLOAT8: quantize_dequantize_float8,
+        QUANTIZE_DEQUANTIZE: quantize_dequantize,
+        DEQUANTIZE_BLOCKS: dequantize_blocks,
+    }
 
 
 @contextlib.contextmanager

@@ -21,9 +21,16 @@ from obc_deploy.exporters.folded_weights import TRANSPOSED, name_folded_weights
 from obc_deploy.exporters.graph import onnx_graph
 from obc_deploy.exporters.parity import Codes
 from obc_deploy.exporters.pooling import keep_max_pools_in_float, means_to_global_average_pools
+from obc_deploy.exporters.precision import rounded_scales
 from obc_deploy.exporters.qoperator import to_qoperators
 from obc_deploy.exporters.sparse_onnxruntime import to_sparse_operators
-from obc_deploy.quantized_network import DEQUANTIZE, QUANTIZE_DEQUANTIZE, owner_of_codes
+from obc_deploy.exporters.tensorrt import to_tensorrt
+from obc_deploy.quantized_network import (
+    DEQUANTIZE,
+    QUANTIZE_DEQUANTIZE,
+    QUANTIZE_DEQUANTIZE_FLOAT8,
+    owner_of_codes,
+)
 from obc_deploy.targets import Format, Target
 
 if TYPE_CHECKING:
@@ -46,6 +53,7 @@ class BuiltOnnx:
             zeros out; None where it does not.
         views: nodes beside the model that compute values of the reference from values of the model,
             for comparisons.
+        notes: what a user should know of it.
     """
 
     proto: Any
@@ -56,6 +64,7 @@ class BuiltOnnx:
     ir_version: int
     dense_bytes: int | None = None
     views: tuple[Any, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def _layer_outputs(model: ir.Model, layers: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -120,11 +129,20 @@ def _own_constant(
 
 def _codes(model: ir.Model, reference: fx.GraphModule) -> dict[str, Codes]:
     """Where each quantizer's codes are; the passes after this keep the names of codes."""
-    quantizers = {n.name for n in reference.graph.nodes if n.target is QUANTIZE_DEQUANTIZE}
+    targets = {
+        n.name: n.target
+        for n in reference.graph.nodes
+        if n.target in {QUANTIZE_DEQUANTIZE, QUANTIZE_DEQUANTIZE_FLOAT8}
+    }
     found: dict[str, Codes] = {}
     for node in model.graph:
         name = node.outputs[0].name
-        if node.op_type != "DequantizeLinear" or name is None or name not in quantizers:
+        if node.op_type != "DequantizeLinear" or name is None or name not in targets:
+            continue
+        if targets[name] is QUANTIZE_DEQUANTIZE_FLOAT8:
+            step = constant(node.inputs[1])
+            if step is not None:
+                found[name] = Codes(name, float(step), 0, float8=True)
             continue
         value, (scale, zero_point) = node.inputs[0], (constant(v) for v in node.inputs[1:3])
         if value is not None and value.name and scale is not None and zero_point is not None:
@@ -152,6 +170,7 @@ def build_onnx(
     Raises:
         ExportError: an operator has no form there.
     """
+    rounded_scales(quantized.module, target.precision)
     graph, reference = onnx_graph(quantized.module, example, dynamic_batch=dynamic_batch)
     means_to_global_average_pools(graph)
     _restore_names(graph, reference)
@@ -172,6 +191,12 @@ def build_onnx(
         for suffix in ("codes_1x1", "codes_transposed", "codes_blocks", "codes_codes", "values"):
             weights |= {f"{layer.name}.weight_{suffix}": layer.name for layer in model.layers}
     drop_dead(graph)
+    notes: tuple[str, ...] = ()
+    if target.runtime == "tensorrt":
+        notes = to_tensorrt(graph, model, target)
+        for layer in model.layers:
+            weights[f"{owner_of_codes(layer)}.weight_codes_int4"] = layer.name
+            weights[f"{layer.weight_name}_{TRANSPOSED}"] = layer.name
     graph.ir_version = target.ir_version
     dense_bytes: int | None = None
     views: tuple[Any, ...] = ()
@@ -194,4 +219,5 @@ def build_onnx(
         target.ir_version,
         dense_bytes,
         views,
+        notes,
     )

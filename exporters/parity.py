@@ -5,6 +5,7 @@ Compared on calibration samples, by the relative error ‖y - ŷ‖ / ‖ŷ‖ o
     float files        at most 1e-3: the same operations in another order
     quantized files    at most 5e-2: a sum that falls on a rounding boundary may land one step
                        apart, and a step apart in an early layer moves later ones
+    16-bit files       the latter; float ones what `ROUNDING` says of their eight or eleven bits
 
 How far one such step grows depends on the network alone; in a deep one with untrained weights it
 reaches the size of the quantization error itself. So a quantized file that exceeds the tolerance is
@@ -29,6 +30,7 @@ from obc_deploy.capture import parameter_name
 from obc_deploy.errors import ExportError
 from obc_deploy.quantized_network import DEQUANTIZE, OWNER_SUFFIX
 from obc_deploy.runtimes.onnxruntime_cpu import libraries
+from obc_deploy.targets import Precision
 
 FLOAT_TOLERANCE = 1e-3
 QUANTIZED_TOLERANCE = 5e-2
@@ -38,6 +40,30 @@ FEWEST_TIES = 2
 """So many may be in any layer, however small."""
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far a file's arithmetic may take it from PyTorch's float32.
+
+    Attributes:
+        floats: largest relative error of float values.
+        ties: share of a layer's codes that may be apart.
+        steps: how many steps those may be apart; less than.
+    """
+
+    floats: float = FLOAT_TOLERANCE
+    ties: float = TIES
+    steps: float = 1.5
+
+
+ROUNDING: Mapping[Precision, Rounding] = {
+    Precision.FLOAT32: Rounding(),
+    # A value near the end of a grid is off by up to 128 / 2^11 steps: one code in sixteen ties.
+    Precision.FLOAT16: Rounding(floats=1e-2, ties=0.15),
+    # Constants alone are rounded, to eight bits: see `in_float32`.
+    Precision.BFLOAT16: Rounding(floats=3e-2, ties=0.5, steps=2.5),
+}
 
 
 @dataclass(frozen=True)
@@ -92,11 +118,31 @@ def torch_outputs(module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Arra
 
 @dataclass(frozen=True)
 class Codes:
-    """The value of an ONNX file that holds a quantizer's codes, and its grid."""
+    """The value of an ONNX file that holds a quantizer's codes, and its grid.
+
+    Of a `float8` quantizer it holds the codes times their scale.
+    """
 
     value: str
     scale: float
     zero_point: int
+    float8: bool = False
+
+    def values(self, held: Array) -> Array:
+        """What the codes stand for."""
+        if self.float8:
+            return held.astype(np.float32)
+        return (held.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+
+    def steps(self, values: Array) -> Array:
+        """The distance between neighbours of the grid at each value."""
+        if not self.float8:
+            return np.full(values.shape, self.scale)
+        # E4M3: three bits behind the leading one. Sums that cancel leave errors of the size of
+        # what was summed, so the ever finer steps below 8 of up to 448 count as those at 8.
+        exponents = np.floor(np.log2(np.maximum(np.abs(values) / self.scale, 8.0)))
+        steps: Array = self.scale * 2.0 ** (exponents - 3)
+        return steps
 
 
 def check_parity(
@@ -109,6 +155,8 @@ def check_parity(
     path: Path,
     codes: Mapping[str, Codes],
     views: Sequence[onnx.NodeProto] = (),
+    rounding: Rounding | None = None,
+    optimized: bool = True,
 ) -> Parity:
     """Compare an artifact with the module on batches of inputs.
 
@@ -121,6 +169,8 @@ def check_parity(
         path: the artifact's file, for the message.
         codes: where the codes of the module's quantizers are in the file, by node name.
         views: nodes to add to the file's for a look at values that it holds in another form.
+        rounding: what the file's arithmetic is allowed layer by layer; float32's where None.
+        optimized: ONNX Runtime may rewrite the graph where it is asked for the file's values.
 
     Raises:
         ExportError: it differs by more; the message names the first layer that does.
@@ -147,8 +197,9 @@ def check_parity(
     agreement = same / max(count, 1)
     if error <= tolerance:
         return Parity(error, agreement, count, tolerance, runtime)
-    inside = _OnnxValues(path, views)
-    odd = first_difference(inside, module, batches, codes)
+    inside = _OnnxValues(path, views, optimized)
+    allowed = rounding or Rounding()
+    odd = first_difference(inside, module, batches, codes, allowed)
     if odd is None and codes and _same_outputs(inside, batches, found):
         return Parity(error, agreement, count, tolerance, runtime, layerwise=True)
     raise ExportError(
@@ -161,7 +212,8 @@ def check_parity(
 class _OnnxValues:
     """An ONNX file run by ONNX Runtime, any of its values shown."""
 
-    def __init__(self, path: Path, views: Sequence[onnx.NodeProto]) -> None:
+    def __init__(self, path: Path, views: Sequence[onnx.NodeProto], optimized: bool) -> None:
+        self._optimized = optimized
         self.model = onnx.load(path)
         self.model.graph.node.extend(views)
         self._libraries = libraries({node.domain for node in self.model.graph.node})
@@ -179,6 +231,8 @@ class _OnnxValues:
             shown.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        if not self._optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         for library in self._libraries:
             options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(
@@ -203,9 +257,14 @@ class _Forced(fx.Interpreter):
     """Runs a graph whose quantizers give the codes of a file, after a look at how they differ."""
 
     def __init__(
-        self, module: fx.GraphModule, codes: Mapping[str, Codes], values: Mapping[str, Array]
+        self,
+        module: fx.GraphModule,
+        codes: Mapping[str, Codes],
+        values: Mapping[str, Array],
+        allowed: Rounding,
     ) -> None:
         super().__init__(module)
+        self._allowed = allowed
         self._codes = codes
         self._values = values
         self.difference: str | None = None
@@ -216,12 +275,13 @@ class _Forced(fx.Interpreter):
         known = self._codes.get(n.name)
         if known is None:
             if self.difference is None and n.name in self._values and isinstance(value, Tensor):
-                self.difference = _beyond_rounding(n, value.numpy(), self._values[n.name])
+                self.difference = _beyond_rounding(
+                    n, value.numpy(), self._values[n.name], self._allowed
+                )
             return value
-        forced = self._values[known.value].astype(np.float32) - np.float32(known.zero_point)
-        forced = forced * np.float32(known.scale)
+        forced = known.values(self._values[known.value])
         if self.difference is None:
-            self.difference = _beyond_ties(n, value.numpy(), forced, known.scale)
+            self.difference = _beyond_ties(n, value.numpy(), forced, known, self._allowed)
         return torch.from_numpy(forced).reshape(value.shape)
 
 
@@ -252,25 +312,28 @@ def _weight(node: fx.Node) -> object:
     return node.args[1] if len(node.args) > 1 else None
 
 
-def _beyond_rounding(node: fx.Node, wanted: Array, found: Array) -> str | None:
+def _beyond_rounding(node: fx.Node, wanted: Array, found: Array, allowed: Rounding) -> str | None:
     """How float values differ by more than the order of operations, or None."""
     if wanted.shape != found.shape:
         return f"{_place(node)}: shape {found.shape}, not {wanted.shape}"
     if wanted.dtype.kind != "f":
         return None
     error = relative_error([found], [wanted])
-    return None if error <= FLOAT_TOLERANCE else f"{_place(node)}: {error:.2e}"
+    return None if error <= allowed.floats else f"{_place(node)}: {error:.2e}"
 
 
-def _beyond_ties(node: fx.Node, wanted: Array, found: Array, scale: float) -> str | None:
+def _beyond_ties(
+    node: fx.Node, wanted: Array, found: Array, grid: Codes, allowed: Rounding
+) -> str | None:
     """How values on a grid differ by more than rounding, or None."""
     if wanted.size != found.size:
         return f"{_place(node)}: shape {found.shape}, not {wanted.shape}"
-    steps = np.abs(wanted.reshape(-1) - found.reshape(-1)) / scale
+    ours, theirs = wanted.reshape(-1), found.reshape(-1)
+    steps = np.abs(ours - theirs) / grid.steps(np.maximum(np.abs(ours), np.abs(theirs)))
     apart = int((steps > 0.5).sum())
-    if not steps.max(initial=0.0) < 1.5:
+    if not steps.max(initial=0.0) < allowed.steps:
         return f"{_place(node)}: up to {steps.max():.1f} steps apart"
-    if apart > max(FEWEST_TIES, TIES * steps.size):
+    if apart > max(FEWEST_TIES, allowed.ties * steps.size):
         return f"{_place(node)}: {apart} of {steps.size} codes"
     return None
 
@@ -280,6 +343,7 @@ def first_difference(
     module: fx.GraphModule,
     batches: Sequence[tuple[Tensor, ...]],
     codes: Mapping[str, Codes],
+    allowed: Rounding,
 ) -> str | None:
     """Where an ONNX file and a module part by more than rounding, in words, or None.
 
@@ -289,7 +353,7 @@ def first_difference(
     both = [node.name for node in module.graph.nodes if node.name in inside.names]
     for batch in batches:
         values = inside.run(batch, [*both, *(known.value for known in shown.values())])
-        forced = _Forced(module, shown, values)
+        forced = _Forced(module, shown, values, allowed)
         with torch.no_grad():
             output = forced.run(*batch)
         if forced.difference is not None:
@@ -297,6 +361,6 @@ def first_difference(
         outputs = output if isinstance(output, tuple | list) else (output,)
         for name, tensor in zip(inside.outputs, outputs, strict=True):
             error = relative_error([values[name]], [tensor.numpy()])
-            if not error <= FLOAT_TOLERANCE:
+            if not error <= allowed.floats:
                 return f"the first value that differs is the output '{name}' ({error:.2e})"
     return None

@@ -28,6 +28,8 @@ from obc_deploy.errors import CalibrationError
 HISTOGRAM_BINS = 4096
 PERCENTILE = 99.99
 MSE_STEPS = 100
+FLOAT8_MAX = 448.0
+"""The largest E4M3 float."""
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 
@@ -52,13 +54,15 @@ class ActivationGrid:
     """A tensor's uniform grid: real = (code - zero_point) * scale, codes of `bits` bits.
 
     `signed` grids are symmetric (zero point 0, what TensorRT takes); unsigned ones have a zero
-    point of their own, 0 where nothing is negative (what CPU runtimes are fast on).
+    point of their own, 0 where nothing is negative (what CPU runtimes are fast on). A `float8` one
+    is no uniform grid: its codes are E4M3 floats.
     """
 
     scale: float
     zero_point: int
     bits: int = 8
     signed: bool = False
+    float8: bool = False
 
     @property
     def code_min(self) -> int:
@@ -72,7 +76,7 @@ class ActivationGrid:
 
 
 def activation_grid(
-    interval: ActivationRange, *, bits: int = 8, signed: bool = False
+    interval: ActivationRange, *, bits: int = 8, signed: bool = False, float8: bool = False
 ) -> ActivationGrid:
     """The grid over a range.
 
@@ -80,6 +84,9 @@ def activation_grid(
     a normal float32 scale gets the smallest one.
     """
     low, high = min(interval.low, 0.0), max(interval.high, 0.0)
+    if float8:
+        step = float(np.float32((max(-low, high) or 1.0) / FLOAT8_MAX))
+        return ActivationGrid(max(step, _SMALLEST_SCALE), 0, signed=True, float8=True)
     levels = (1 << (bits - 1 if signed else bits)) - 1
     width = max(-low, high) if signed else high - low
     scale = max(float(np.float32((width or 1.0) / levels)), _SMALLEST_SCALE)

@@ -89,6 +89,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
         _examples(
             "obc-deploy export runs/net",
             "obc-deploy export runs/net -t onnxruntime -o net.onnx --dynamic-batch",
+            "obc-deploy export runs/net -t tensorrt --engine --precision fp16",
         ),
     ),
     (
@@ -113,6 +114,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
         _examples(
             "obc-deploy audit runs/net --runtime deepsparse",
             "obc-deploy audit net.onnx --runtime onnxruntime",
+            "obc-deploy audit net.onnx --runtime tensorrt",
         ),
     ),
     (bench.report, _examples("obc-deploy report runs/net", "obc-deploy report runs/net -o r.html")),

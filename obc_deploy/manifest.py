@@ -158,12 +158,52 @@ class ArtifactManifest(_Part):
     """Size of the same network with every weight stored, where the file leaves zeros out."""
     opset: int
     ir_version: int
+    precision: str = "float32"
+    """What computes where nothing is quantized."""
     dynamic_batch: bool
     batch_size: int | None
     layers: list[ArtifactLayer]
     parity: dict[str, Any]
     notes: list[str] = Field(default_factory=list)
     compression: Manifest
+
+
+class EngineProfile(_Part):
+    """Sizes of one input of an engine."""
+
+    minimum: list[int]
+    optimum: list[int]
+    maximum: list[int]
+
+
+class EngineManifest(_Part):
+    """The manifest beside an engine of TensorRT or TensorRT-RTX.
+
+    Engines run on one GPU (or those built for ahead of time) with one version of one library. The
+    layers with sparse kernels are the builder's own account, None where its log does not say.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    gpu: str
+    capabilities: list[str] = Field(default_factory=list)
+    onnx_file: str
+    onnx_sha256: str
+    file: str
+    file_sha256: str
+    size_bytes: int
+    sparse: bool
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    profiles: dict[str, EngineProfile] = Field(default_factory=dict)
+    sparse_found: list[str] | None = None
+    sparse_chosen: list[str] | None = None
+    sparse_found_count: int | None = None
+    sparse_chosen_count: int | None = None
+    warnings: list[str] = Field(default_factory=list)
+    seconds: float
+    created: str = ""
 
 
 def versions() -> dict[str, str]:

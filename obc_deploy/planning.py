@@ -411,6 +411,7 @@ def planner_for(
     Raises:
         BudgetError: a latency without a target.
         LatencyError: a named latency table does not fit.
+        TargetError: the target is not measured.
         RuntimeMissingError: the target's runtime does not work here.
         DatabaseError: as in `build_database`.
         LayerError: the network has no layers.

@@ -7,18 +7,19 @@ that the exporter writes, so the two cannot drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
-from obc_deploy.activations import ActivationGrid, ActivationRange, activation_grid
+from obc_deploy.activations import FLOAT8_MAX, ActivationGrid, ActivationRange, activation_grid
 from obc_deploy.capture import Network, get_tensor, parameter_name, set_tensor
 from obc_deploy.errors import ExportError
 from obc_deploy.layers import Layer, LayerKind, matrix_to_weight
+from obc_deploy.schemes import NM
 from obc_deploy.solvers.contract import CompressedLayer
-from obc_deploy.targets import Placement, int8_obstacle
+from obc_deploy.targets import EightBit, Placement, int4_obstacle, int8_obstacle
 
 aten = torch.ops.aten
 
@@ -52,8 +53,34 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
+@torch.library.custom_op("obc_deploy::dequantize_blocks", mutates_args=())
+def dequantize_blocks(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (rows, cols) times scales (rows, blocks), each for as many consecutive columns."""
+    block = codes.shape[1] // scale.shape[1]
+    return codes.to(torch.float32) * scale.repeat_interleave(block, 1)
+
+
+@dequantize_blocks.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+
+
+@torch.library.custom_op("obc_deploy::quantize_dequantize_float8", mutates_args=())
+def quantize_dequantize_float8(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """E4M3(x / scale) * scale, saturated at the largest E4M3 float; `zero_point` is a zero."""
+    codes = torch.clamp(values / scale, -FLOAT8_MAX, FLOAT8_MAX).to(zero_point.dtype)
+    return codes.to(torch.float32) * scale
+
+
+@quantize_dequantize_float8.register_fake
+def _(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
 QUANTIZE_DEQUANTIZE = torch.ops.obc_deploy.quantize_dequantize.default
+QUANTIZE_DEQUANTIZE_FLOAT8 = torch.ops.obc_deploy.quantize_dequantize_float8.default
 DEQUANTIZE = torch.ops.obc_deploy.dequantize.default
+DEQUANTIZE_BLOCKS = torch.ops.obc_deploy.dequantize_blocks.default
 
 OWNER_SUFFIX = "_quantized"
 _ADDS = frozenset({aten.add.Tensor})
@@ -150,12 +177,37 @@ def quantization_points(network: Network, layers: Sequence[Layer]) -> list[str]:
     return list(points)
 
 
+def _ends_in_add(
+    network: Network, layers: Sequence[Layer], int8: Mapping[str, int]
+) -> dict[str, str]:
+    """For each residual add that an int8 convolution ends in, the convolution's node.
+
+    Where both operands are such convolutions the later one computes the add along with itself.
+    """
+    sites = {s for x in layers if x.kind is not LayerKind.LINEAR and x.name in int8
+             for s in x.call_sites}  # fmt: skip
+    found: dict[str, str] = {}
+    for node in network.module.graph.nodes:
+        if node.name not in sites or len(node.users) != 1:
+            continue
+        add = next(iter(node.users))
+        if add.target not in _ADDS or len(add.args) < 2:
+            continue
+        operands = [argument for argument in add.args[:2] if isinstance(argument, fx.Node)]
+        # Texts: sizes of an open batch are symbols, which do not hash.
+        shapes = {str(tuple(x.meta["val"].shape)) for x in operands if "val" in x.meta}
+        if len(operands) == 2 and len(shapes) == 1 and operands[0] is not operands[1]:
+            found[add.name] = node.name
+    return found
+
+
 def _place(
     network: Network,
     layers: Sequence[Layer],
     int8: Mapping[str, int],
     ranges: Mapping[str, ActivationRange],
     placement: Placement,
+    sparse: Collection[str],
 ) -> _Plan:
     """Decide which values are put on a grid, and which nodes read them from there."""
     plan = _Plan()
@@ -166,12 +218,17 @@ def _place(
             raise ExportError(
                 f"no activation range was calibrated for '{node.name}'; calibrate the model anew"
             )
-        return activation_grid(ranges[node.name], bits=bits, signed=placement.signed)
+        float8 = placement.eight_bit is EightBit.FP8
+        return activation_grid(ranges[node.name], bits=bits, signed=placement.signed, float8=float8)
 
     def read(source: fx.Node, consumer: fx.Node, bits: int) -> None:
         if source.name not in plan.grids:
             plan.grids[source.name] = grid_of(source, bits)
         plan.consumers.setdefault(source.name, set()).add(consumer.name)
+
+    def _sparse_output(node: fx.Node, name: str) -> bool:
+        leaves = any(user.op == "output" for user in rectified(node).users)
+        return placement.sparse_linear_output and name in sparse and not leaves
 
     def write(node: fx.Node, bits: int) -> None:
         out = rectified(node)
@@ -179,6 +236,8 @@ def _place(
         plan.everywhere.add(out.name)
 
     wanted_bits = _wanted_bits(network, {site: sites[site].name for site in sites}, int8)
+    fused = _ends_in_add(network, layers, int8) if placement.shortcut else {}
+    unwritten = set(fused.values())
     for node in network.module.graph.nodes:
         if node.op != "call_function":
             continue
@@ -187,14 +246,23 @@ def _place(
             if layer.name in int8:
                 source = node.args[0]
                 read(source, node, wanted_bits[source.name])
-                if layer.kind is not LayerKind.LINEAR or placement.linear_output:
+                linear = layer.kind is LayerKind.LINEAR
+                if node.name not in unwritten and (
+                    not linear or placement.linear_output or _sparse_output(node, layer.name)
+                ):
                     write(node, wanted_bits.get(rectified(node).name, int8[layer.name]))
             continue
         inputs = _tensor_inputs(node)
+        if node.name in fused:
+            (shortcut,) = (source for source in inputs if source.name != fused[node.name])
+            bits = wanted_bits.get(rectified(node).name, 8)
+            read(shortcut, node, wanted_bits.get(shortcut.name, bits))
+            write(node, bits)
+            continue
         if not inputs or any(source.name not in plan.grids for source in inputs):
             continue
         wanted = (
-            (node.target in _ADDS and placement.add and len(inputs) == 2)
+            (node.target in _ADDS and placement.add and len(inputs) == 2 and not placement.shortcut)
             or (node.target in _CONCATS and placement.concat)
             or (node.target in _AVERAGE_POOLS and placement.average_pool and _pools_planes(node))
         )
@@ -246,6 +314,8 @@ def _pools_planes(node: fx.Node) -> bool:
 
 def _quantizers(grid: ActivationGrid) -> tuple[Tensor, Tensor]:
     dtype = torch.int8 if grid.signed else torch.uint8
+    if grid.float8:
+        dtype = torch.float8_e4m3fn
     return torch.tensor(grid.scale, dtype=torch.float32), torch.tensor(grid.zero_point, dtype=dtype)
 
 
@@ -316,10 +386,11 @@ def quantized_network(
             int8[layer.name] = form.scheme.activation_bits
         else:
             reasons[layer.name] = obstacle
-    plan = _place(copied, layers, int8, ranges, placement)
+    sparse = {name for name, form in forms.items() if isinstance(form.scheme.pattern, NM)}
+    plan = _place(copied, layers, int8, ranges, placement, sparse)
     nodes = {node.name: node for node in module.graph.nodes}
     by_name = {layer.name: layer for layer in layers}
-    _insert_weights(module, nodes, by_name, forms, int8, plan)
+    _insert_weights(module, nodes, by_name, forms, int8, plan, placement)
     _insert_activations(module, nodes, plan)
     module.graph.lint()
     module.recompile()
@@ -333,19 +404,27 @@ def _insert_weights(
     forms: Mapping[str, CompressedLayer[Tensor]],
     int8: Mapping[str, int],
     plan: _Plan,
+    placement: Placement,
 ) -> None:
     for name, layer in layers.items():
         form = forms.get(name)
         if form is None or form.codes is None or form.scale is None or form.zero_point is None:
             continue
+        if placement.int4_blocks and int4_obstacle(layer, form.scheme) is None:
+            _insert_blocks(
+                module, [nodes[site] for site in layer.call_sites], owner_of_codes(layer), form
+            )
+            continue
         grouped = layer.kind is LayerKind.CONV_TRANSPOSE2D and layer.groups > 1
-        if form.scale.shape[1] > 1 or grouped:
+        if form.scale.shape[1] > 1 or grouped or not (placement.weight_only or name in int8):
             # Several scales a row, or rows along two axes, have no form in this operator set: the
-            # exact float values are written.
+            # exact float values are written. So are weights that the target wants as floats.
             set_tensor(module, layer.weight_name, matrix_to_weight(layer, form.weight))
             continue
+        if name in int8 and placement.eight_bit is EightBit.FP8:
+            form = _as_float8(form)
         biases: dict[str, tuple[Tensor, float]] = {}
-        for site in layer.call_sites if name in int8 else ():
+        for site in layer.call_sites if name in int8 and placement.integer_bias else ():
             source, bias_name = nodes[site].args[0], _bias_name(nodes[site])
             assert isinstance(source, fx.Node)
             if bias_name is not None:
@@ -388,6 +467,36 @@ def owner_of_codes(layer: Layer) -> str:
     return f"{layer.name}{OWNER_SUFFIX}" if layer.weight_name == layer.name else layer.name
 
 
+def _as_float8(form: CompressedLayer[Tensor]) -> CompressedLayer[Tensor]:
+    """A layer's weights rounded from the solver's grid to E4M3 floats, a scale a row."""
+    most = form.weight.abs().amax(1, keepdim=True)
+    scale = torch.where(most > 0, most / FLOAT8_MAX, torch.ones_like(most))
+    steps = torch.clamp(form.weight / scale, -FLOAT8_MAX, FLOAT8_MAX)
+    codes = steps.to(torch.float8_e4m3fn)
+    return replace(form, codes=codes, scale=scale,
+                   zero_point=torch.zeros_like(scale).to(codes.dtype))  # fmt: skip
+
+
+def _insert_blocks(
+    module: fx.GraphModule, sites: Sequence[fx.Node], owner: str, form: CompressedLayer[Tensor]
+) -> None:
+    assert form.codes is not None
+    assert form.scale is not None
+    # A block of zeros may have any scale; this one fits every float type.
+    filled = (form.codes != 0).reshape(*form.scale.shape, -1).any(2)
+    scale = torch.where(filled, form.scale, torch.ones_like(form.scale))
+    with module.graph.inserting_before(sites[0]):
+        weight = module.graph.call_function(
+            DEQUANTIZE_BLOCKS,
+            (
+                _constant(module, f"{owner}.weight_codes", form.codes.contiguous()),
+                _constant(module, f"{owner}.weight_scale", scale.contiguous()),
+            ),
+        )
+    for site in sites:
+        site.args = (site.args[0], weight, *site.args[2:])
+
+
 def _bias_name(site: fx.Node) -> str | None:
     return parameter_name(site.args[2]) if len(site.args) > 2 else None
 
@@ -424,15 +533,16 @@ def _insert_activations(module: fx.GraphModule, nodes: Mapping[str, fx.Node], pl
             anchor = anchor.next
         with module.graph.inserting_before(anchor):
             scale, zero_point = _quantizers(grid)
-            quantizer = module.graph.call_function(
-                QUANTIZE_DEQUANTIZE,
-                (
-                    source,
-                    _constant(module, f"activations.{name}_scale", scale),
-                    _constant(module, f"activations.{name}_zero_point", zero_point),
-                    grid.code_min,
-                    grid.code_max,
-                ),
+            arguments = (
+                source,
+                _constant(module, f"activations.{name}_scale", scale),
+                _constant(module, f"activations.{name}_zero_point", zero_point),
             )
+            if grid.float8:
+                quantizer = module.graph.call_function(QUANTIZE_DEQUANTIZE_FLOAT8, arguments)
+            else:
+                quantizer = module.graph.call_function(
+                    QUANTIZE_DEQUANTIZE, (*arguments, grid.code_min, grid.code_max)
+                )
         for user in users:
             user.replace_input_with(source, quantizer)

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from obc_deploy.errors import TargetError
-from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Scheme, Unstructured
+from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Pattern, Scheme, Unstructured
 
 if TYPE_CHECKING:
     from obc_deploy.layers import Layer
@@ -29,6 +29,22 @@ class Format(Enum):
     """Integer operators: QLinearConv and its kin."""
 
 
+class Precision(Enum):
+    """What computes where nothing is quantized; baked into the file."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class EightBit(Enum):
+    """What layers with 8-bit activations multiply."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    """E4M3 floats: weights are rounded to them from the solver's grid."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Which operators besides convolutions and linears run on int8 activations.
@@ -39,6 +55,16 @@ class Placement:
         average_pool: average pools of int8 inputs.
         linear_output: whether a linear layer's own output is quantized even where nobody wants it.
         signed: symmetric int8 activations instead of unsigned ones with a zero point.
+        shortcut: a convolution that ends in a residual add stays unquantized until after it, so
+            that the runtime can compute both at once; only the add's other operand, the shortcut,
+            is put on a grid right before the add.
+        sparse_linear_output: whether a linear layer with an N:M pattern has its output quantized,
+            where that is no output of the network.
+        integer_bias: biases of int8 layers are int32 codes; else they stay float.
+        weight_only: weights of layers with float activations are codes too; else their exact values
+            are written as floats.
+        int4_blocks: linears with 4-bit weights in groups of columns keep them as such blocks.
+        eight_bit: what layers with 8-bit activations multiply.
     """
 
     add: bool = True
@@ -46,6 +72,12 @@ class Placement:
     average_pool: bool = True
     linear_output: bool = False
     signed: bool = False
+    shortcut: bool = False
+    sparse_linear_output: bool = False
+    integer_bias: bool = True
+    weight_only: bool = True
+    int4_blocks: bool = False
+    eight_bit: EightBit = EightBit.INT8
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,9 @@ class Target:
         summary: one line for help texts.
         sparse_operators: layers with zeros become operators of our own library
             (`obc_deploy.runtimes.sparse`), which the runtime loads beside the file.
+        precision: what computes where nothing is quantized.
+        measured: there are sessions and measurements of it here; else its files are only written
+            and checked.
     """
 
     name: str
@@ -81,6 +116,8 @@ class Target:
     sparse_from: Mapping[type, float]
     summary: str
     sparse_operators: bool = False
+    precision: Precision = Precision.FLOAT32
+    measured: bool = True
 
 
 _ALL_INTEGER = frozenset(
@@ -152,8 +189,33 @@ ORT_SPARSE = Target(
     sparse_operators=True,
 )
 
+TENSORRT = Target(
+    name="tensorrt",
+    runtime="tensorrt",
+    format=Format.QDQ,
+    opset=21,
+    ir_version=10,
+    placement=Placement(
+        signed=True,
+        shortcut=True,
+        sparse_linear_output=True,
+        integer_bias=False,
+        weight_only=False,
+        int4_blocks=True,
+    ),
+    integer_operators=frozenset(),
+    one_weight_step=False,
+    linear_as_convolution=False,
+    sparse_from={NM: 0.5},
+    summary="TensorRT 10 or 11 on NVIDIA GPUs, strongly typed QDQ graph; 2:4 is what sparse tensor "
+    "cores read",
+    precision=Precision.FLOAT16,
+    measured=False,
+)
+
 TARGETS: Mapping[str, Target] = {
-    target.name: target for target in (ONNXRUNTIME, ONNXRUNTIME_QOPERATOR, ORT_SPARSE, DEEPSPARSE)
+    target.name: target
+    for target in (ONNXRUNTIME, ONNXRUNTIME_QOPERATOR, ORT_SPARSE, DEEPSPARSE, TENSORRT)
 }
 
 
@@ -188,6 +250,22 @@ def int8_obstacle(layer: Layer, scheme: Scheme) -> str | None:
     return None
 
 
+def int4_obstacle(layer: Layer, scheme: Scheme) -> str | None:
+    """Why a layer cannot have its weights in blocks of INT4, or None where it can."""
+    quantization = scheme.quantization
+    if quantization is None or quantization.group is None or quantization.weight_bits > 4:
+        return "INT4 blocks are made of 'w4g128' or 'w4g32'"
+    if quantization.activation_bits is not None:
+        return "INT4 weights go with float activations (drop 'a8')"
+    if layer.kind.value != "linear":
+        return "INT4 blocks are for linear layers: convolutions have none"
+    if quantization.asymmetric:
+        return "INT4 blocks have no zero points (drop '-asym')"
+    if quantization.group % 16:
+        return f"INT4 blocks are of 16, 32, 64 or 128 columns, not of {quantization.group}"
+    return None
+
+
 def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
     pattern = scheme.pattern
     if pattern is None:
@@ -199,6 +277,8 @@ def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
         )
     if target.sparse_operators:
         return _sparse_operators_obstacle(target, scheme)
+    if NM in target.sparse_from:
+        return _tensor_core_obstacle(target, pattern)
     if isinstance(pattern, NM):
         return f"{target.runtime} has no {pattern} kernels: it runs the zeros as unstructured ones"
     least = target.sparse_from.get(type(pattern))
@@ -210,6 +290,15 @@ def _pattern_obstacle(target: Target, scheme: Scheme) -> str | None:
     if scheme.quantization is None and least is not None and pattern.sparsity < 0.9:
         return f"{target.runtime} gains little on float weights below 90 % zeros: add '+w8a8'"
     return None
+
+
+def _tensor_core_obstacle(target: Target, pattern: Pattern) -> str | None:
+    """Why sparse tensor cores, which read 2:4, gain nothing."""
+    if pattern == NM(2, 4):
+        return None
+    return (
+        f"{target.name} skips zeros of 2:4 only: those of {pattern} cost as much as other weights"
+    )
 
 
 def _sparse_operators_obstacle(target: Target, scheme: Scheme) -> str | None:
@@ -269,7 +358,9 @@ def preflight(
         if scheme.quantization is not None:
             obstacle = int8_obstacle(layer, scheme)
             quantized = quantized or obstacle is None
-            if obstacle is not None:
+            if target.placement.int4_blocks and int4_obstacle(layer, scheme) is None:
+                pass
+            elif obstacle is not None:
                 obstacles.append(f"weights are stored small but computed in float: {obstacle}")
             elif max(scheme.weight_bits, scheme.activation_bits) < 8 or scheme.weight_bits < 8:
                 obstacles.append(
@@ -283,6 +374,6 @@ def preflight(
     for reason, names in reasons.items():
         few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"{reason} ({few})")
-    if quantized and vnni is False:
+    if quantized and vnni is False and target.measured:
         lines.append("this CPU has no VNNI: int8 may be no faster than float here")
     return lines

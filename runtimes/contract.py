@@ -83,14 +83,21 @@ class SessionOptions:
     Attributes:
         optimize: ONNX Runtime's graph optimizations (DeepSparse has no such choice).
         custom_ops: shared libraries with custom operators, for ONNX Runtime.
+        modules: names that the engine's library may be imported as, for TensorRT; the session finds
+            them by the engine.
     """
 
     optimize: bool = True
     custom_ops: tuple[Path, ...] = ()
+    modules: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {"optimize": self.optimize, "custom_ops": [str(path) for path in self.custom_ops]}
+        return {
+            "optimize": self.optimize,
+            "custom_ops": [str(path) for path in self.custom_ops],
+            "modules": list(self.modules),
+        }
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,20 @@ class TimedSamples:
 
     warmup_ms: np.ndarray[Any, Any]
     samples_ms: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class DeviceTimes:
+    """Raw times between CUDA events on the device, in the order taken; either kind in turn.
+
+    Attributes:
+        compute_ms: (samples,) float64 milliseconds of the engine alone.
+        with_copies_ms: (samples,) float64 milliseconds with inputs and outputs copied from and to
+            pinned host memory.
+    """
+
+    compute_ms: np.ndarray[Any, Any]
+    with_copies_ms: np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import platform
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from obc_deploy import native
 from obc_deploy.errors import ObcDeployError
-from obc_deploy.runtimes import sparse
+from obc_deploy.runtimes import sparse, tensorrt
 from obc_deploy.runtimes.contract import RuntimeInfo
 from obc_deploy.runtimes.fingerprint import Fingerprint, take_fingerprint
 from obc_deploy.runtimes.registry import RUNTIMES
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 PACKAGES = ("obc-deploy", "torch", "torchvision", "onnx", "onnxruntime", "numpy", "safetensors")
-TENSORRT_INSTALL_COMMAND = f"{sys.executable} -m pip install tensorrt"
 
 
 @dataclass(frozen=True)
@@ -130,6 +128,13 @@ def _write_probe(path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
 
 
+def _built(probe: Path) -> Path:
+    """An engine of the probe graph, by whichever library is here."""
+    from obc_deploy.exporters.engine import build_engine
+
+    return build_engine(probe).path
+
+
 def try_runtime(info: RuntimeInfo, probe: Path, timeout_s: float = 120.0) -> RuntimeInfo:
     """The same information after running the runtime, where installed, on the probe graph."""
     import numpy as np
@@ -138,6 +143,8 @@ def try_runtime(info: RuntimeInfo, probe: Path, timeout_s: float = 120.0) -> Run
         return info
     values = np.linspace(-1, 1, 16, dtype=np.float32).reshape(1, 16)
     try:
+        if info.name == tensorrt.NAME:
+            probe = _built(probe)
         with open_session(info.name, probe, threads=1, timeout_s=timeout_s) as session:
             found = session.run({"x": values})["y"]
             version = session.version
@@ -242,19 +249,6 @@ def try_sparse_kernels() -> SparseKernelsInfo:
     )  # fmt: skip
 
 
-def _tensorrt(machine: Fingerprint) -> RuntimeInfo:
-    version = _version("tensorrt")
-    if not machine.gpus:
-        reason = "no NVIDIA GPU was found (nvidia-smi shows none)"
-    elif version is None:
-        reason = "TensorRT is not installed"
-    else:
-        reason = "TensorRT is installed, but this version of OBC Deploy does not run it"
-    return RuntimeInfo(
-        "tensorrt", "TensorRT", False, version, reason, TENSORRT_INSTALL_COMMAND, None
-    )
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -330,7 +324,7 @@ def diagnose(timeout_s: float = 120.0) -> Diagnosis:
         (found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None
     )
     return Diagnosis(
-        runtimes=(*tried, _tensorrt(machine)),
+        runtimes=tuple(tried),
         solvers=try_solvers(),
         sparse_kernels=try_sparse_kernels(),
         machine=machine,

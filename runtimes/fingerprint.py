@@ -107,7 +107,8 @@ def _physical_cores(logical: int) -> int:
     return len(siblings) or logical
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def take_gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs of this machine, as nvidia-smi lists them; none where it is missing."""
     if shutil.which("nvidia-smi") is None:
         return ()
     query = "name,memory.total,driver_version,compute_cap"
@@ -153,5 +154,5 @@ def take_fingerprint() -> Fingerprint:
         kernel=platform.release(),
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         load_average=os.getloadavg(),
-        gpus=_gpus(),
+        gpus=take_gpus(),
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from obc_deploy.errors import RuntimeMissingError
-from obc_deploy.runtimes import deepsparse, onnxruntime_cpu, sparse
+from obc_deploy.errors import RuntimeMissingError, TargetError
+from obc_deploy.runtimes import deepsparse, onnxruntime_cpu, sparse, tensorrt
 from obc_deploy.runtimes.contract import Runtime, RuntimeInfo
 from obc_deploy.targets import ONNXRUNTIME, ORT_SPARSE, Target
 
 RUNTIMES: dict[str, Runtime] = {
-    runtime.name: runtime for runtime in (onnxruntime_cpu.RUNTIME, deepsparse.RUNTIME)
+    runtime.name: runtime
+    for runtime in (onnxruntime_cpu.RUNTIME, deepsparse.RUNTIME, tensorrt.RUNTIME)
 }
 
 
@@ -44,6 +45,31 @@ def require_runtime(name: str) -> RuntimeInfo:
     if not info.works or info.python is None:
         raise RuntimeMissingError(f"{info.title}: {info.reason}; run: {info.install_command}")
     return info
+
+
+def check_measured(target: Target) -> None:
+    """Whether networks are timed in a target's runtime from here.
+
+    Raises:
+        TargetError: files are written for it, and nothing times them in turns with other runtimes.
+    """
+    if not target.measured:
+        raise TargetError(
+            f"no network is timed for target '{target.name}' here, nor has it a latency table: "
+            f"'obc-deploy export RUN --target {target.name} --engine' builds the engine, and times "
+            "it where it can run; for this choose another target, or a budget of macs, bops or size"
+        )
+
+
+def require_target(target: Target) -> RuntimeInfo:
+    """The runtime of a target that is to be measured.
+
+    Raises:
+        TargetError: the target is not measured.
+        RuntimeMissingError: its runtime does not work here.
+    """
+    check_measured(target)
+    return require_runtime(target.runtime)
 
 
 def default_target() -> Target:

@@ -26,8 +26,9 @@ from obc_deploy.errors import (
     RuntimeFailedError,
     RuntimeMissingError,
 )
-from obc_deploy.runtimes import onnxruntime_cpu
+from obc_deploy.runtimes import onnxruntime_cpu, tensorrt
 from obc_deploy.runtimes.contract import (
+    DeviceTimes,
     LayerProfile,
     RuntimeInfo,
     SessionOptions,
@@ -338,6 +339,37 @@ class Session:
         _, taken = self._ask("time", request, self._ordered(inputs), progress=progress)
         return TimedSamples(taken["warmup_ms"], taken["samples_ms"])
 
+    def time_on_device(
+        self,
+        inputs: Mapping[str, np.ndarray[Any, Any]],
+        *,
+        warmup: int = 10,
+        samples: int = 100,
+        progress: Callable[[int], None] | None = None,
+    ) -> DeviceTimes:
+        """Milliseconds between CUDA events: of the engine alone, and with host-device copies.
+
+        `time` says what a caller waits for, all of it; here the device keeps time.
+
+        Args:
+            inputs: the network's inputs.
+            warmup: runs of either kind that do not count.
+            samples: runs of either kind that count.
+            progress: called now and then with the number of runs done.
+
+        Raises:
+            RuntimeFailedError: the runtime computes on the CPU; or as in `run`.
+        """
+        if warmup < 0 or samples < 1:
+            raise RuntimeFailedError(
+                f"{warmup} warm-up runs and {samples} samples cannot be timed; "
+                "ask for 0 or more and 1 or more"
+            )
+        self._check_inputs(inputs)
+        request = {"warmup": warmup, "samples": samples}
+        _, taken = self._ask("time_on_device", request, self._ordered(inputs), progress=progress)
+        return DeviceTimes(taken["compute_ms"], taken["with_copies_ms"])
+
     def profile(
         self,
         inputs: Mapping[str, np.ndarray[Any, Any]],
@@ -465,6 +497,12 @@ class Session:
                 f"{title} cannot be imported by '{self._info.python}' ({message}); "
                 f"run: {self._info.install_command}"
             )
+        if error["kind"] == "device":
+            return RuntimeMissingError(
+                f"{title} runs on an NVIDIA GPU: {message}; run: {tensorrt.DRIVER_COMMAND}"
+            )
+        if error["kind"] == "explained":
+            return RuntimeFailedError(f"{title} failed at '{request}' on '{self.path}': {message}")
         if error["kind"] == "artifact":
             return ArtifactError(
                 f"{title} cannot read '{self.path}' ({message}); export the run again"
@@ -503,7 +541,7 @@ def open_session(
 
     Args:
         runtime: name of the runtime.
-        path: the ONNX file.
+        path: the ONNX file; for TensorRT the engine.
         threads: threads to compute with, each pinned to a core; the physical cores where None.
         batch_size: DeepSparse compiles for one batch size; ONNX Runtime takes the graph's.
         timeout_s: seconds any one request may take.
@@ -517,17 +555,21 @@ def open_session(
     from obc_deploy.runtimes.onnx_graph import read_onnx_graph
 
     artifact = Path(path)
+    chosen = options or SessionOptions()
     definition = find_runtime(runtime)
+    if runtime == tensorrt.NAME:
+        # What is wrong with an engine can be said without a GPU, so that is said first.
+        chosen = replace(chosen, modules=tensorrt.check_engine(artifact).modules)
     info = require_runtime(runtime)
     assert info.python is not None
-    graph = read_onnx_graph(artifact)
-    refusals = definition.refusals(graph)
-    if refusals:
-        raise RuntimeFailedError(f"{info.title} will not load '{artifact}': {refusals[0]}")
+    if runtime != tensorrt.NAME:
+        graph = read_onnx_graph(artifact)
+        refusals = definition.refusals(graph)
+        if refusals:
+            raise RuntimeFailedError(f"{info.title} will not load '{artifact}': {refusals[0]}")
     cores = _cores(threads)
     if batch_size < 1:
         raise RuntimeFailedError(f"batch size {batch_size} is no batch; ask for 1 or more")
-    chosen = options or SessionOptions()
     if runtime == onnxruntime_cpu.NAME:
         needed = onnxruntime_cpu.libraries(graph.domains)
         more = tuple(path for path in needed if path not in chosen.custom_ops)

@@ -14,7 +14,7 @@ import typer
 from obc_deploy.commands import options as o
 from obc_deploy.commands.output import Output, check_writable
 from obc_deploy.errors import CalibrationError, MeasurementError, SlowerThanDenseError
-from obc_deploy.targets import as_target
+from obc_deploy.targets import TARGETS, as_target
 
 if TYPE_CHECKING:
     from obc_deploy.benchmarks.demo import DemoResult
@@ -56,13 +56,13 @@ def require_runtimes(names: Sequence[str] | None) -> None:
     """Make sure that the runtimes of these targets are there, before the work that they measure.
 
     Raises:
-        TargetError: there is no such target.
+        TargetError: there is no such target, or it is not measured.
         RuntimeMissingError: its runtime does not work here.
     """
-    from obc_deploy.runtimes.registry import require_runtime
+    from obc_deploy.runtimes.registry import require_target
 
     for name in names or ():
-        require_runtime(as_target(name).runtime)
+        require_target(as_target(name))
 
 
 def bench_runs(
@@ -350,7 +350,9 @@ def _next_commands(made: DemoResult) -> list[str]:
     if timed:
         best = min(timed, key=lambda row: row.latency_ms.p50 if row.latency_ms else math.inf)
         commands.append(f"obc-deploy audit {made.runs[best.variant]} --runtime {best.runtime}")
-    missing = [info for info in (each.info() for each in RUNTIMES.values()) if not info.works]
+    measured = {target.runtime for target in TARGETS.values() if target.measured}
+    known = (each.info() for name, each in RUNTIMES.items() if name in measured)
+    missing = [info for info in known if not info.works]
     commands += [info.install_command for info in missing]
     commands.append("obc-deploy inspect torchvision:resnet18")
     commands.append("obc-deploy run --help")

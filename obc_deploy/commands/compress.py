@@ -279,6 +279,19 @@ def _free_run(folder: Path | None, *, overwrite: bool) -> Path:
     return folder
 
 
+def _check_wish(work: Compression, wish: Wish | None) -> None:
+    """Refuse a latency that nothing can measure, before any work.
+
+    Raises:
+        TargetError: plans are to keep a latency, and the target is not measured.
+    """
+    from obc_deploy.runtimes.registry import check_measured
+    from obc_deploy.search import Metric
+
+    if wish is not None and Metric.LATENCY in wish.metrics:
+        check_measured(work.target)
+
+
 def _show_plan(out: Output, work: Compression) -> None:
     """Say what would be done to each layer, and what would not speed up; nothing is written."""
     from rich.table import Table
@@ -515,6 +528,7 @@ def compress(
         latency_file=latency_table, allow_foreign_latency=allow_foreign_latency, threads=threads,
         measured_batch=measured_batch,
     )  # fmt: skip
+    _check_wish(work, wish)
     if dry_run or run is None:
         if wish is None:
             _show_plan(out, work)
@@ -522,7 +536,11 @@ def compress(
             show_estimate(out, work, wish)
         return
     made = _compress_to(out, work, run, overwrite=overwrite, wish=wish)
-    out.line(f"next: obc-deploy bench {run}" + (f" --data {evaluation}" if evaluation else ""))
+    if work.target.measured:
+        labelled = f" --data {evaluation}" if evaluation else ""
+        out.line(f"next: obc-deploy bench {run}{labelled}")
+    else:
+        out.line(f"next: obc-deploy export {run} --engine")
     out.results(_description(made, run))
 
 
@@ -613,6 +631,7 @@ def run(
         latency_file=None, allow_foreign_latency=False, threads=threads,
         measured_batch=measured_batch,
     )  # fmt: skip
+    _check_wish(work, wish)
     _compress_to(out, work, free, overwrite=overwrite, wish=wish)
     labelled = None if evaluation is None else work.data.load(evaluation)
     bench_runs(out, [free], plan, labelled, report=report, allow_slower=allow_slower)

@@ -11,9 +11,17 @@ import typer
 
 from obc_deploy.commands import options as o
 from obc_deploy.commands.bench import ARTIFACTS
+from obc_deploy.commands.engine import (
+    USUAL_BATCHES,
+    EngineRequest,
+    PrecisionName,
+    make_engine,
+    with_precision,
+)
 from obc_deploy.commands.output import Output, Stage
-from obc_deploy.errors import ArtifactError, ExportError
-from obc_deploy.targets import TARGETS, Target, as_target
+from obc_deploy.commands.two_of_four import two_of_four
+from obc_deploy.errors import ArtifactError, ExportError, RuntimeFailedError
+from obc_deploy.targets import TARGETS, EightBit, Target, as_target
 
 if TYPE_CHECKING:
     from obc_deploy.artifacts import Artifact
@@ -21,6 +29,7 @@ if TYPE_CHECKING:
     from obc_deploy.runtimes.session import Session
 
 MODEL_FILE = "model.onnx"
+_TENSORRT = "TensorRT"
 
 
 def artifact_file(run: Path, target: Target) -> Path:
@@ -68,6 +77,84 @@ def export(
         bool,
         typer.Option("--no-check", help="Do not compare the file's outputs with PyTorch's."),
     ] = False,
+    precision: Annotated[
+        PrecisionName | None,
+        typer.Option(
+            "--precision",
+            help="What computes where nothing is quantized.",
+            show_default="fp16",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            "--fp8",
+            help="Layers with 8-bit activations multiply E4M3 floats in place of int8, for GPUs "
+            "that have them (compute capability 8.9 or newer).",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = False,
+    engine: Annotated[
+        bool,
+        typer.Option(
+            "--engine",
+            help="Build the engine too, where TensorRT or TensorRT-RTX is installed; the command "
+            "to build it elsewhere is printed where not.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = False,
+    batches: Annotated[
+        str | None,
+        typer.Option(
+            "--batches",
+            metavar="MIN:USUAL:MAX",
+            help="Batch sizes of an engine with --dynamic-batch.",
+            show_default=USUAL_BATCHES,
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            "--optimization-level",
+            min=0,
+            max=5,
+            metavar="N",
+            help="How long the builder looks for kernels, 0 to 5.",
+            show_default="the builder's own",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(
+            "--workspace",
+            min=1,
+            metavar="MIB",
+            help="Most scratch memory that kernels may take on the device.",
+            show_default="no limit",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--timing-cache",
+            metavar="FILE",
+            help="Keep the builder's timings there for the next build.",
+            show_default="none",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    no_sparsity: Annotated[
+        bool,
+        typer.Option(
+            "--no-sparsity",
+            help="Build with dense kernels alone, to compare.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = False,
     json: o.JsonFile = None,
 ) -> None:
     """Write a run's compressed network as an ONNX file, checked against PyTorch."""
@@ -75,7 +162,11 @@ def export(
     from obc_deploy.manifest import read_manifest
 
     out = Output(json)
+    request = EngineRequest(
+        engine, batches, optimization_level, workspace, timing_cache, not no_sparsity
+    )
     if run.suffix == ".onnx":
+        request.check(as_target(target or "ort-sparse"), dynamic_batch)
         if dynamic_batch or batch_size != 1:
             raise ExportError(
                 f"'{run}' keeps its own batch size; leave out --dynamic-batch and --batch-size"
@@ -84,6 +175,8 @@ def export(
         return
     manifest = read_manifest(run)
     goal = as_target(target or manifest.settings.target or "onnxruntime")
+    goal = with_precision(goal, precision, fp8=fp8)
+    request.check(goal, dynamic_batch)
     file = output or artifact_file(run, goal)
     with out.working() as say:
         say("loading the run", 0.0)
@@ -95,9 +188,12 @@ def export(
             file, goal, dynamic_batch=dynamic_batch, batch_size=batch_size, check=not no_check
         )
     made = artifact.manifest
+    integer = sum(layer.int8 for layer in made.layers)
+    bits = f"{integer} of {len(made.layers)} layers int8"
+    if goal.placement.eight_bit is EightBit.FP8:
+        bits = "8-bit layers in fp8"
     out.line(
-        f"{artifact.path}: {size(made.size_bytes)}, {made.format} graph for {made.target}, "
-        f"{sum(layer.int8 for layer in made.layers)} of {len(made.layers)} layers int8"
+        f"{artifact.path}: {size(made.size_bytes)}, {made.format} graph for {made.target}, {bits}"
     )
     if made.dense_size_bytes is not None:
         out.line(_smaller(made.size_bytes, made.dense_size_bytes))
@@ -113,8 +209,16 @@ def export(
     notes = _notes(model, goal, made.notes)
     for note in notes:
         out.warn(note)
+    built = {}
+    if goal.runtime == "tensorrt":
+        built = make_engine(out, model, goal, artifact, request)
     out.results(
-        {"path": os.fspath(artifact.path), **made.model_dump(mode="json"), "preflight": notes}
+        {
+            "path": os.fspath(artifact.path),
+            **made.model_dump(mode="json"),
+            "preflight": notes,
+            **built,
+        }
     )
 
 
@@ -186,7 +290,11 @@ def audit(
     threads: o.Threads = None,
     json: o.JsonFile = None,
 ) -> None:
-    """Say which layers a runtime really ran in int8, and of which it really skipped the zeros."""
+    """Say which layers a runtime really ran in int8, of which it skipped the zeros, which are 2:4.
+
+    Nothing is run for `--runtime tensorrt`: its file is checked layer by layer for 2:4 as TensorRT
+    reads it. A file from elsewhere, without `--runtime`, is checked and run.
+    """
     from obc_deploy.runtimes.registry import require_runtime
 
     out = Output(json)
@@ -195,23 +303,37 @@ def audit(
         artifact = _artifact(path)
         file, batch_size = path, (artifact.manifest.batch_size or 1) if artifact else 1
         goal = as_target(runtime or (artifact.target if artifact else "onnxruntime"))
-        require_runtime(goal.runtime)
     else:
         from obc_deploy.manifest import read_manifest
 
         own = read_manifest(path).settings.target
         goal = as_target(runtime or own or "onnxruntime")
+    if goal.measured:
         require_runtime(goal.runtime)
+    if path.suffix != ".onnx":
         with out.working() as say:
             artifact = _artifact_of(path, goal, say)
         file, batch_size = artifact.path, artifact.manifest.batch_size or 1
-    with out.working() as say:
-        say(f"running {file.name} in {goal.runtime}", 0.0)
-        found = _audit(goal.runtime, file, threads, batch_size)
-    counted = None if artifact is None else _count(found, artifact)
     names = {}
     if artifact is not None:
         names = {layer.output: layer.name for layer in artifact.manifest.layers}
+    checked: dict[str, Any] = {}
+    if not goal.measured or (runtime is None and artifact is None):
+        checked = two_of_four(out, file, names, required=not goal.measured)
+    if not goal.measured:
+        out.results({"path": os.fspath(file), "target": goal.name, **checked})
+        return
+    with out.working() as say:
+        say(f"running {file.name} in {goal.runtime}", 0.0)
+        try:
+            found = _audit(goal.runtime, file, threads, batch_size)
+        except RuntimeFailedError as error:
+            if checked:
+                raise RuntimeFailedError(
+                    f"{error}; for its 2:4 layers alone add --runtime tensorrt"
+                ) from error
+            raise
+    counted = None if artifact is None else _count(found, artifact)
     _show_audit(out, file, found, counted, names)
     out.results(
         {
@@ -220,6 +342,7 @@ def audit(
             "layers_accelerated": None if counted is None else counted.accelerated,
             "layers_total": None if counted is None else counted.total,
             "shortfalls": {} if counted is None else counted.reasons,
+            **checked,
         }
     )
 

@@ -11,7 +11,7 @@ from obc_deploy.commands import options as o
 from obc_deploy.commands.compress import load_named_model
 from obc_deploy.commands.output import Output
 from obc_deploy.errors import CalibrationError, ModelError, SchemeError
-from obc_deploy.schemes import Block4, Scheme, Unstructured
+from obc_deploy.schemes import NM, Block4, Scheme, Unstructured
 from obc_deploy.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def schemes(json: o.JsonFile = None) -> None:
     for target in TARGETS.values():
         targets.add_row(
             target.name, "yes", _accelerated(Unstructured, target.name),
-            _accelerated(Block4, target.name), "no",
+            _accelerated(Block4, target.name), "2:4" if NM in target.sparse_from else "no",
         )  # fmt: skip
     out.show(examples, targets)
     for target in TARGETS.values():

@@ -26,7 +26,7 @@ def list_runtimes(json: o.JsonFile = None) -> None:
 
     out = Output(json)
     found = [runtime.info() for runtime in RUNTIMES.values()]
-    table = Table("name", "installed", "version", "install with")
+    table = Table("name", "works", "version", "if not")
     for info in found:
         table.add_row(
             info.name, "yes" if info.works else "no", info.version or "-",

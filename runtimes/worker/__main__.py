@@ -20,11 +20,17 @@ except ImportError as error:
     print(error, file=sys.stderr)
     sys.exit(NO_NUMPY)
 
-from worker_backend import BadArtifact, Missing, Refused  # noqa: E402
+from worker_backend import BadArtifact, Explained, Missing, NoDevice, Refused  # noqa: E402
 from worker_framing import Arrays, Header, decode_frame, encode_frame  # noqa: E402
 from worker_timing import take_samples  # noqa: E402
 
-ERROR_KINDS = ((Missing, "missing"), (BadArtifact, "artifact"), (Refused, "refused"))
+ERROR_KINDS = (
+    (Missing, "missing"),
+    (NoDevice, "device"),
+    (BadArtifact, "artifact"),
+    (Explained, "explained"),
+    (Refused, "refused"),
+)
 
 
 class Pipes:
@@ -64,6 +70,8 @@ def _load(runtime: str) -> Any:
             import worker_onnxruntime as module
         elif runtime == "deepsparse":
             import worker_deepsparse as module
+        elif runtime == "tensorrt":
+            import worker_tensorrt as module
         else:
             raise Missing("this worker knows no runtime '%s'" % runtime)
     except (ImportError, OSError, RuntimeError) as error:
@@ -92,7 +100,7 @@ class Worker:
             request["path"], len(cores), request["batch_size"], request["options"]
         )
         header = {
-            "version": module.VERSION,
+            "version": backend.version,
             "inputs": backend.inputs,
             "outputs": backend.outputs,
             "facts": backend.facts,
@@ -124,6 +132,17 @@ class Worker:
         )
         return {}, {"warmup_ms": taken[:warmup], "samples_ms": taken[warmup:]}
 
+    def time_on_device(self, request: Header, feed: Arrays) -> Tuple[Header, Arrays]:
+        """Raw milliseconds between events on the device, without copies and with them."""
+        backend = self._opened()
+        if not hasattr(backend, "device_times"):
+            raise Explained("it computes on the CPU, where no device keeps time: use Session.time")
+        warmup, count = request["warmup"], request["warmup"] + request["samples"]
+        taken = backend.device_times(
+            feed, count, lambda done: self._pipes.answer({"progress": done}, {})
+        )
+        return {}, {"compute_ms": taken[0, warmup:], "with_copies_ms": taken[1, warmup:]}
+
     def profile(self, request: Header, feed: Arrays) -> Tuple[Header, Arrays]:
         """The runtime's own table of layers."""
         described: Dict[str, Any] = self._opened().profile(
@@ -152,6 +171,7 @@ def main() -> None:
         "open": worker.open,
         "run": worker.run,
         "time": worker.time,
+        "time_on_device": worker.time_on_device,
         "profile": worker.profile,
     }
     while True:

@@ -11,5 +11,13 @@ class Refused(Exception):
     """The runtime will not load or run this model, or not with these inputs."""
 
 
+class Explained(Refused):
+    """The same, where the message says what to do."""
+
+
 class Missing(Exception):
     """The runtime cannot be imported in this interpreter."""
+
+
+class NoDevice(Exception):
+    """The device that the runtime computes on is not here; the message says what is missing."""

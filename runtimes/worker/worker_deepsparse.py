@@ -33,6 +33,7 @@ class Backend:
     """One artifact, compiled for `threads` cores and a fixed batch size."""
 
     def __init__(self, path: str, threads: int, batch_size: int, options: Dict[str, Any]) -> None:
+        self.version = VERSION
         self._path = path
         self._threads = threads
         self._batch_size = batch_size

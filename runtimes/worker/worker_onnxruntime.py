@@ -33,6 +33,7 @@ class Backend:
     """One artifact, loaded; one thread more or less is the only freedom ONNX Runtime gets."""
 
     def __init__(self, path: str, threads: int, batch_size: int, options: Dict[str, Any]) -> None:
+        self.version = VERSION
         self._path = path
         self._threads = threads
         self._options = options

@@ -113,7 +113,7 @@ def test_doctor_draws_tables(run: Run) -> None:
 
 def test_runtimes_list(run: Run) -> None:
     answer = run("runtimes", "list", "--json")
-    assert {info["name"] for info in answer.json} == {"onnxruntime", "deepsparse"}
+    assert {info["name"] for info in answer.json} == {"onnxruntime", "deepsparse", "tensorrt"}
     assert "onnxruntime" in run("runtimes", "list").out
 
 

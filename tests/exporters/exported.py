@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,8 +13,11 @@ from onnx import numpy_helper
 from tiny_networks import build, samples
 
 from obc_deploy import layerwise
+from obc_deploy.artifacts import Artifact
+from obc_deploy.calibrated import CalibratedModel, calibrate
 from obc_deploy.compression import CompressedModel, compress
 from obc_deploy.runtimes import deepsparse
+from obc_deploy.targets import TENSORRT, EightBit, Precision, Target
 
 _INFO = deepsparse.info()
 DEEPSPARSE_MARKS = (
@@ -45,6 +49,45 @@ class Compressed:
                     target=None if steps is None else "deepsparse", **options,
                 )  # fmt: skip
         return self._made[key]
+
+
+def tensorrt(precision=Precision.FLOAT16, eight_bit=EightBit.INT8) -> Target:
+    """The target with other number formats."""
+    placement = replace(TENSORRT.placement, eight_bit=eight_bit)
+    return replace(TENSORRT, precision=precision, placement=placement)
+
+
+class ForTensorRT:
+    """Tiny networks compressed without a solver, and their files for TensorRT."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._calibrated: dict[object, CalibratedModel] = {}
+        self._made: dict[object, CompressedModel] = {}
+        self._files: dict[object, Artifact] = {}
+
+    def model(self, kind, scheme) -> CompressedModel:
+        if kind not in self._calibrated:
+            self._calibrated[kind] = calibrate(build(kind), samples(kind))
+        if (kind, scheme) not in self._made:
+            self._made[kind, scheme] = compress(
+                self._calibrated[kind], scheme=scheme, baselines=False,
+                method="magnitude" if "2:4" in scheme else "rtn",
+                fallback="w8a8" if scheme.endswith("a8") else "dense",
+            )  # fmt: skip
+        return self._made[kind, scheme]
+
+    def file(
+        self, kind, scheme, eight_bit=EightBit.INT8, precision=Precision.FLOAT16, **options
+    ) -> Artifact:
+        """A file for batches of four, compared with the simulated network as it was written."""
+        key = (kind, scheme, eight_bit, precision, repr(options))
+        if key not in self._files:
+            given = options or {"batch_size": 4}
+            folder = self._folders.mktemp("tensorrt")
+            goal = tensorrt(precision, eight_bit)
+            self._files[key] = self.model(kind, scheme).export(folder, goal, **given)
+        return self._files[key]
 
 
 def constants(path):
