@@ -108,7 +108,7 @@ class Layerwise:
             pattern = Scheme(scheme.pattern, None)
             pruned = self._key(layer, pattern) in self.calibrated.pruned
             if scheme.pattern is not None and scheme.weight_bits >= 8:
-                # Rounding will do (`ROUNDING_FACTOR`).
+                # Rounding will do (`ROUNDING_FACTOR`, `ROUNDING_ERROR`).
                 if pruned:
                     continue
                 scheme = pattern

@@ -28,6 +28,10 @@ from obc_deploy.solvers.settings import SolverSettings, precision
 ROUNDING_FACTOR = 1.02
 """Where rounding to nearest leaves the error of the pruned layer within this factor, it is not
 improved on: OBQ would take as long as pruning did, for less than that (most 8-bit grids)."""
+ROUNDING_ERROR = 1e-4
+"""Nor is it where it adds less than this share of the outputs' energy, about what activations of
+eight bits add. A layer that is hardly pruned has lost so little that the factor alone would not
+say so, and has the most survivors to quantize."""
 
 
 def shared_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool = True) -> Grid:
@@ -45,9 +49,10 @@ def shared_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: boo
 def _suffices(
     problem: CheckedProblem, pruned: torch.Tensor, grid: Grid, codes: torch.Tensor
 ) -> bool:
-    """Whether rounding loses next to nothing beside what pruning lost."""
+    """Whether rounding loses next to nothing, by itself or beside what pruning lost."""
     lost = relative_error(problem, pruned)
-    return relative_error(problem, grid.dequantize(codes)) <= ROUNDING_FACTOR * lost
+    rounded = relative_error(problem, grid.dequantize(codes))
+    return rounded <= max(ROUNDING_FACTOR * lost, lost + ROUNDING_ERROR)
 
 
 def quantize_pruned(

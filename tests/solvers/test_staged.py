@@ -10,7 +10,7 @@ from obc_deploy.solvers import solve
 from obc_deploy.solvers.contract import LayerProblem
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.rtn import rtn_codes
-from obc_deploy.solvers.staged import ROUNDING_FACTOR, quantize_pruned
+from obc_deploy.solvers.staged import ROUNDING_ERROR, ROUNDING_FACTOR, quantize_pruned
 
 ROWS, COLS = 12, 48
 
@@ -40,6 +40,13 @@ def test_eight_bits_are_rounded_where_pruning_lost_far_more(problem, pattern: st
     assert found.error <= ROUNDING_FACTOR * pruned.error
     assert torch.equal(found.mask, pruned.mask)
     assert not found.codes[~found.mask].any()
+
+
+def test_eight_bits_are_rounded_where_that_adds_less_than_activations_do(problem) -> None:
+    """Hardly pruned: rounding is most of the error, and still next to nothing."""
+    pruned, found, rounded = both(problem, "unstructured@0.05+w8a8")
+    assert torch.equal(found.codes.long(), rounded.long())
+    assert ROUNDING_FACTOR * pruned.error < found.error <= pruned.error + ROUNDING_ERROR
 
 
 @pytest.mark.parametrize("pattern", ["block4@0.75", "2:4"])
