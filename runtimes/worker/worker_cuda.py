@@ -189,7 +189,7 @@ class Buffer:
             self.free()
             raise
         raw = (ctypes.c_char * length).from_address(self._pinned)
-        self.host = np.frombuffer(raw, dtype=dtype, count=count).reshape(shape)
+        self.host = np.frombuffer(memoryview(raw), dtype=dtype, count=count).reshape(shape)
 
     def to_device(self, stream: int) -> None:
         """Enqueue the copy from the host."""
