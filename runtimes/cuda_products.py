@@ -104,26 +104,42 @@ class CompressedWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self._packed = torch._cslt_compress(weight.contiguous())
-        self.algorithm: dict[str, Any] = {"alg_id": 0}
+        self.algorithm: dict[str, Any] = {"alg_id": 0, "transpose_result": True}
 
     def search(self, x: Tensor, **options: Any) -> None:
-        """Try cuSPARSELt's algorithms on an input; split-k ones where PyTorch can search them."""
+        """Try cuSPARSELt's algorithms on an input; split-k ones where PyTorch can search them.
+
+        Raises:
+            RuntimeError: cuSPARSELt refuses the product.
+        """
+        for transposed in (True, False):
+            try:
+                found = self._fastest(x, transposed, options)
+                self.algorithm = {**found, "transpose_result": transposed}
+                self(x, **options)
+            except RuntimeError:
+                if not transposed:
+                    raise
+            else:
+                return
+
+    def _fastest(self, x: Tensor, transposed: bool, options: dict[str, Any]) -> dict[str, int]:
         search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
         if search is not None:
             found = search(
                 self._packed, x.t(), options.get("bias"), options.get("alpha"),
-                options.get("out_dtype"), True,
+                options.get("out_dtype"), transposed,
             )  # fmt: skip
-            self.algorithm = {"alg_id": found[0], "split_k": found[1], "split_k_mode": found[2]}
-            return
-        best = torch._cslt_sparse_mm_search(self._packed, x.t(), transpose_result=True, **options)
-        self.algorithm = {"alg_id": int(best)}
+            return {"alg_id": found[0], "split_k": found[1], "split_k_mode": found[2]}
+        best = torch._cslt_sparse_mm_search(
+            self._packed, x.t(), transpose_result=transposed, **options
+        )
+        return {"alg_id": int(best)}
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        """X Wᵀ, (m, rows)."""
-        return torch._cslt_sparse_mm(
-            self._packed, x.t(), transpose_result=True, **self.algorithm, **options
-        )
+        """The product x Wᵀ, (m, rows)."""
+        found = torch._cslt_sparse_mm(self._packed, x.t(), **self.algorithm, **options)
+        return found if self.algorithm["transpose_result"] else found.t()
 
 
 class SparseProduct(Product):
