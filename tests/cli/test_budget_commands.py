@@ -100,7 +100,7 @@ def test_the_largest_saving_within_a_drop(run, data: Path, tmp_path: Path) -> No
         (("-b", "macs:2x", "--max-drop", "1"), "each other's reverse"),
         (("-b", "macs:0.5x"), "a factor is above 1"),
         (("-b", "speed:2x"), "no metric 'speed'"),
-        (("-b", "latency:900x"), "best reachable"),
+        (("-b", "latency:900x", "--levels", "w8a8,dense"), "best reachable"),
         (("-b", "macs:900x"), "best reachable"),
         (("-b", "macs:2x", "--levels", "block5"), "cannot read family 'block5'"),
         (("-b", "macs:2x", "--layer", "nothing=w8"), "nothing"),

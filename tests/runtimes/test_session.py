@@ -342,9 +342,10 @@ def test_many_sessions_leave_nothing_behind(models: OnnxBuilder) -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
 import numpy as np
 from obc_deploy.runtimes.session import open_session
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 session = open_session("onnxruntime", sys.argv[1], threads=1)
 print(session.pid, flush=True)
 session.time({"x": np.zeros((1, 16, 8, 8), np.float32)}, samples=100_000_000)
@@ -365,7 +366,10 @@ def test_the_worker_ends_with_its_caller(number: signal.Signals, models: OnnxBui
         time.sleep(0.3)
         assert Path(f"/proc/{worker}").exists()
         caller.send_signal(number)
-        caller.wait(timeout=20)
+        try:
+            caller.wait(timeout=20)
+        finally:
+            caller.kill()
     assert gone(worker)
 
 
