@@ -38,7 +38,7 @@ def test_python_example_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} >= {"dense-fp32", "dense-int8", "block4@0.9+w8a8"}
-    assert (tmp_path / "out" / "onnxruntime" / "model.onnx").is_file()
+    assert (tmp_path / "out" / "digits" / "model.onnx").is_file()
     accuracies = {row[0]: float(row[2]) for row in rows}
     assert accuracies["dense-fp32"] == pytest.approx(0.992)
     assert accuracies["block4@0.9+w8a8"] > 0.97

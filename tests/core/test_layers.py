@@ -150,7 +150,11 @@ def transposed_convolutions(draw):
         groups * draw(st.integers(1, 3)),
         groups * draw(st.integers(1, 3)),
         **given_sizes,
-        padding=tuple(draw(st.integers(0, r)) for r in reach),
+        # At least one pixel is left of an input of three.
+        padding=tuple(
+            draw(st.integers(0, min(r, s + r // 2)))
+            for r, s in zip(reach, given_sizes["stride"], strict=True)
+        ),
         output_padding=tuple(
             draw(st.integers(0, max(s, d) - 1))
             for s, d in zip(given_sizes["stride"], given_sizes["dilation"], strict=True)
