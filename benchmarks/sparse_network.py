@@ -4,13 +4,14 @@
 
 Speed depends on where the zeros are and not on the other weights: weights are random, pruned by
 magnitude, rounded to nearest, and nothing is said of accuracy. The first convolution and the last
-layer keep their weights, in 8 bits. All networks are timed in one interleaved run. Writes
-`results/sparse-<network>` as JSON and Markdown.
+layer keep their weights, in 8 bits where the others have them. All networks are timed in one
+interleaved run. Writes `results/sparse-<network>-<scheme>` as JSON and Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ from obc_deploy.benchmarks.record import RESULTS, take_record
 from obc_deploy.benchmarks.statistics import speedup
 from obc_deploy.benchmarks.table import markdown_table, times
 from obc_deploy.errors import ObcDeployError
+from obc_deploy.schemes import Scheme
 
-EDGES = "w8a8"
-"""Scheme of the first and the last layer."""
+EDGES = {True: "w8a8", False: "dense"}
+"""Scheme of the first and the last layer, by whether the others are quantized."""
 SAMPLES = 16
 
 
@@ -76,9 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
         samples = torch.randn(SAMPLES, 3, options.size, options.size)
         calibrated = calibrate(network, samples, source=options.network, batch_size=8)
         names = [layer.name for layer in calibrated.layers]
+        edges = EDGES[Scheme.parse(options.scheme).quantization is not None]
         made = compress(
             calibrated, scheme=options.scheme, method="magnitude", target="ort-sparse",
-            layer_schemes=dict.fromkeys((names[0], names[-1]), EDGES), fallback=EDGES,
+            layer_schemes=dict.fromkeys((names[0], names[-1]), edges), fallback=edges,
             progress=say,
         )  # fmt: skip
         rows = benchmark(
@@ -103,8 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
         row.model_dump(mode="json", exclude={"latency_ms": {"samples"}, "end_to_end": {"samples"}})
         for row in rows
     ]
+    scheme = re.sub(r"[^a-z0-9.]+", "-", options.scheme)
     record.write(
-        options.output, f"sparse-{options.network}".replace("_", "-"),
+        options.output, f"sparse-{options.network}-{scheme}".replace("_", "-"),
         {"measurements": kept, "faster_than": faster}, text,
     )  # fmt: skip
     return 0
