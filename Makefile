@@ -5,12 +5,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); if [ $$n -gt 4 ]; then echo 4; elif [ $$n -lt 2 ]; then echo 2; else echo $$n; fi)
+SELECT ?= -m "not slow"
 
-.PHONY: help install runtimes demo test lint types tests clean
+.PHONY: help install runtimes demo test test-all lint types tests clean
 
 help:  ## show this text
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found; install one, or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
@@ -51,9 +52,12 @@ types: $(VENV)/.installed
 
 # One thread a worker: threads that share cores wait for each other.
 tests: $(VENV)/.runtimes $(VENV)/.tensorrt-rtx
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SELECT) -n $(WORKERS) --dist loadfile --cov --cov-report=term --durations=20
 
-test: lint types tests  ## lint, types and all tests, with coverage
+test: lint types tests  ## lint, types and tests with coverage; all but the slow ones
+
+test-all:  ## the same with the slow tests: wheels, whole networks, accuracy on real images
+	$(MAKE) test SELECT=
 
 clean:  ## remove the environment and what builds and tests left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -44,7 +44,6 @@ def environment(tmp_path_factory):
     }
 
 
-@pytest.mark.slow
 def test_nothing_reads_or_writes_beyond_its_memory(environment):
     tests = sorted(each.name for each in FOLDER.glob("test_*.py") if each != Path(__file__))
     assert len(tests) >= 7
@@ -59,7 +58,6 @@ def test_nothing_reads_or_writes_beyond_its_memory(environment):
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 200
 
 
-@pytest.mark.slow
 def test_the_sanitizer_is_at_work(environment):
     # Freed memory, read through the very library that the tests above load.
     code = (
