@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); if [ $$n -gt 4 ]; then echo 4; elif [ $$n -lt 2 ]; then echo 2; else echo $$n; fi)
 SELECT ?= -m "not slow"
+COVERAGE ?=
 
 .PHONY: help install runtimes demo test test-all lint types tests clean
 
@@ -52,12 +53,12 @@ types: $(VENV)/.installed
 
 # One thread a worker: threads that share cores wait for each other.
 tests: $(VENV)/.runtimes $(VENV)/.tensorrt-rtx
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SELECT) -n $(WORKERS) --dist loadfile --cov --cov-report=term --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SELECT) -n $(WORKERS) --dist loadfile $(COVERAGE) --durations=20
 
-test: lint types tests  ## lint, types and tests with coverage; all but the slow ones
+test: lint types tests  ## lint, types and tests; all but the slow ones
 
-test-all:  ## the same with the slow tests: wheels, whole networks, accuracy on real images
-	$(MAKE) test SELECT=
+test-all:  ## the same with coverage and the slow tests: wheels, whole networks, real images
+	$(MAKE) test SELECT= COVERAGE='--cov --cov-report=term'
 
 clean:  ## remove the environment and what builds and tests left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
