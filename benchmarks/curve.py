@@ -56,11 +56,16 @@ class CurvePoint(BaseModel):
     loss: float | None = None
 
     @property
-    def latency_error(self) -> float | None:
-        """|predicted - measured| / measured, of latencies."""
+    def latency_ratio(self) -> float | None:
+        """Predicted latency divided by the measured one."""
         if self.predicted is None or self.measured is None:
             return None
-        return abs(self.measured / self.predicted - 1.0)
+        return self.measured / self.predicted
+
+    @property
+    def latency_error(self) -> float | None:
+        """|predicted - measured| / measured, of latencies."""
+        return None if self.latency_ratio is None else abs(self.latency_ratio - 1.0)
 
 
 class Curve(BaseModel):
@@ -108,12 +113,8 @@ class Curve(BaseModel):
         return _median(abs(ratio * (1.0 + self.drift) - 1.0) for ratio in self._ratios("plan"))
 
     def _ratios(self, kind: Kind) -> list[float]:
-        """Predicted latencies divided by measured ones."""
-        return [
-            point.measured / point.predicted
-            for point in self.points
-            if point.kind == kind and point.predicted is not None and point.measured is not None
-        ]
+        ratios = (point.latency_ratio for point in self.points if point.kind == kind)
+        return [ratio for ratio in ratios if ratio is not None]
 
     @property
     def accuracy_of_predictions(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import warnings as python_warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from obc_deploy.benchmarks import table
 from obc_deploy.benchmarks.measurement import Interval, Measurement
 from obc_deploy.errors import ArtifactError
+from obc_deploy.whole_files import whole_file
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -122,12 +122,10 @@ def write_report(
     """
     path = Path(path)
     text = render_report(manifest, measurements)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as wrong:
-        partial.unlink(missing_ok=True)
         raise ArtifactError(
             f"cannot write the report to '{path}': {wrong.strerror}; choose a writable place"
         ) from None

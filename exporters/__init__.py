@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from obc_deploy.data import first_line
 from obc_deploy.errors import ExportError, RuntimeFailedError
 from obc_deploy.manifest import ArtifactLayer, ArtifactManifest, write_json
 from obc_deploy.targets import EightBit, Format, Precision, Target
+from obc_deploy.whole_files import whole_file
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -52,7 +52,6 @@ def export(
 
     from obc_deploy.exporters import parity as comparison
     from obc_deploy.exporters.onnx_file import build_onnx
-    from obc_deploy.exporters.precision import in_float32
 
     if batch_size < 1:
         raise ExportError(f"batch size {batch_size}: give 1 or more")
@@ -77,35 +76,30 @@ def export(
     built = build_onnx(model, quantized, target, batches[0], dynamic_batch=dynamic_batch)
     has_codes = any(form.codes is not None for form in model.forms.values())
     form = target.format if has_codes else Format.FLOAT
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        onnx.save(built.proto, partial)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write '{file}': {error.strerror}; choose a writable place"
-        ) from error
-    try:
+    with whole_file(file) as partial:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            onnx.save(built.proto, partial)
+        except OSError as error:
+            raise ExportError(
+                f"cannot write '{file}': {error.strerror}; choose a writable place"
+            ) from error
         _check_file(partial, built.proto)
         parity: dict[str, Any] = {}
         if check:
             count = max(1, CHECKED_SAMPLES // size)
             rounding = comparison.ROUNDING[target.precision]
-            compared = partial
-            if target.precision is Precision.BFLOAT16:
-                compared = partial.with_suffix(".float32")
-                onnx.save(in_float32(built.proto), compared)
-            with _runner(target, compared, size) as (run, runtime), torch.no_grad():
+            with (
+                _comparable(partial, built.proto, target.precision) as compared,
+                _runner(target, compared, size) as (run, runtime),
+                torch.no_grad(),
+            ):
                 parity = comparison.check_parity(
                     run, built.reference, batches[:count],
                     tolerance=comparison.QUANTIZED_TOLERANCE if has_codes else rounding.floats,
                     runtime=runtime, path=compared, codes=built.codes, views=built.views,
                     rounding=rounding, optimized=target.measured,
                 ).as_dict()  # fmt: skip
-        os.replace(partial, file)  # noqa: PTH105
-    finally:
-        partial.unlink(missing_ok=True)
-        partial.with_suffix(".float32").unlink(missing_ok=True)
     manifest = ArtifactManifest(
         target=target.name,
         runtime=target.runtime,
@@ -133,6 +127,24 @@ def export(
     )
     write_json(manifest_path(file), manifest)
     return Artifact(file, manifest)
+
+
+@contextlib.contextmanager
+def _comparable(path: Path, proto: Any, precision: Precision) -> Iterator[Path]:
+    """The file, or for as long as it is compared a copy that ONNX Runtime has kernels for."""
+    import onnx
+
+    from obc_deploy.exporters.precision import in_float32
+
+    if precision is not Precision.BFLOAT16:
+        yield path
+        return
+    copy = path.with_suffix(".float32")
+    try:
+        onnx.save(in_float32(proto), copy)
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def _float_notes(layers: Mapping[str, str]) -> list[str]:

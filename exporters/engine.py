@@ -6,9 +6,7 @@ TensorRT builds on the GPU that the engine is for; TensorRT-RTX builds ahead of 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +22,7 @@ from obc_deploy.exporters.builder_log import SparseTactics, sparse_tactics
 from obc_deploy.manifest import EngineManifest, EngineProfile, now, write_json
 from obc_deploy.runtimes.engine_file import engine_manifest_path, read_engine_manifest
 from obc_deploy.runtimes.tensorrt import LIBRARIES
+from obc_deploy.whole_files import whole_file
 
 INSTALL = {
     "tensorrt": "pip install tensorrt-cu13 (10.x or 11.x, from NVIDIA's own package index)",
@@ -308,18 +307,14 @@ def _set_timing_cache(trt: ModuleType, config: Any, path: Path | None) -> None:
 
 
 def _write_whole(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise ExportError(
             f"cannot write '{path}': {error.strerror}; choose a writable place"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _device(library: str, options: EngineOptions) -> tuple[str, list[str]]:

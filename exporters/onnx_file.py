@@ -191,20 +191,20 @@ def build_onnx(
         for suffix in ("codes_1x1", "codes_transposed", "codes_blocks", "codes_codes", "values"):
             weights |= {f"{layer.name}.weight_{suffix}": layer.name for layer in model.layers}
     drop_dead(graph)
+    if target.runtime == "tensorrt" or target.sparse_operators:
+        name_folded_weights(graph, model)
+        for suffix in (TRANSPOSED, f"{TRANSPOSED}_values"):
+            weights |= {f"{layer.weight_name}_{suffix}": layer.name for layer in model.layers}
     notes: tuple[str, ...] = ()
     if target.runtime == "tensorrt":
         notes = to_tensorrt(graph, model, target)
         for layer in model.layers:
             weights[f"{owner_of_codes(layer)}.weight_codes_int4"] = layer.name
-            weights[f"{layer.weight_name}_{TRANSPOSED}"] = layer.name
     graph.ir_version = target.ir_version
     dense_bytes: int | None = None
     views: tuple[Any, ...] = ()
     if target.sparse_operators:
         dense_bytes = ir.to_proto(graph).ByteSize()
-        name_folded_weights(graph, model)
-        for suffix in (TRANSPOSED, f"{TRANSPOSED}_values"):
-            weights |= {f"{layer.weight_name}_{suffix}": layer.name for layer in model.layers}
         sparse = to_sparse_operators(graph)
         views = sparse.views
         if not sparse.layers:

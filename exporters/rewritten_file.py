@@ -6,7 +6,6 @@ float ones, which become integer operators first.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from obc_deploy.data import first_line
 from obc_deploy.errors import ArtifactError, ExportError
 from obc_deploy.targets import Target
+from obc_deploy.whole_files import whole_file
 
 if TYPE_CHECKING:
     import onnx
@@ -195,7 +195,8 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     from obc_deploy.exporters.edit import drop_dead
     from obc_deploy.exporters.parity import QUANTIZED_TOLERANCE, relative_error
     from obc_deploy.exporters.qoperator import to_qoperators
-    from obc_deploy.exporters.sparse_float import LEAST_ZEROS, float_zeros
+    from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS
+    from obc_deploy.exporters.sparse_float import float_zeros
     from obc_deploy.exporters.sparse_onnxruntime import to_sparse_operators, zero_blocks
     from obc_deploy.runtimes.onnxruntime_cpu import libraries
     from obc_deploy.runtimes.sparse import DOMAIN
@@ -214,8 +215,8 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     to_qoperators(model, linear_as_convolution=False, operators=target.integer_operators)
     drop_dead(model)
     _learn_sizes(model, feeds[0])
-    layers = {**zero_blocks(model), **float_zeros(model)}
-    if not zero_blocks(model) and max(layers.values(), default=0.0) < LEAST_ZEROS:
+    integer, floats = zero_blocks(model), float_zeros(model)
+    if not integer and max(floats.values(), default=0.0) < LEAST_ZEROS:
         raise ExportError(
             f"'{source.name}' has no integer layer (QLinearConv, QGemm) and none that becomes one: "
             "quantize it first, in QOperator form, with uint8 activations and symmetric int8 "
@@ -247,17 +248,14 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     file = path if path.suffix == ".onnx" else path / source.name
     if file.exists() and file.samefile(source):
         raise ExportError(f"'{file}' is the source itself; give another --output")
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        onnx.save(proto, partial)
-        os.replace(partial, file)  # noqa: PTH105
+        with whole_file(file) as partial:
+            onnx.save(proto, partial)
     except OSError as failure:
         raise ExportError(
             f"cannot write '{file}': {failure.strerror}; choose a writable place"
         ) from failure
-    finally:
-        partial.unlink(missing_ok=True)
     return RewrittenFile(
-        file, file.stat().st_size, dense_bytes, sparse.layers, len(layers), error
+        file, file.stat().st_size, dense_bytes, sparse.layers, len(integer) + len(floats), error
     )  # fmt: skip

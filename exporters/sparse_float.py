@@ -24,11 +24,9 @@ from obc_deploy.exporters.edit import (
     only_user,
     replace_node,
 )
+from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS
 from obc_deploy.exporters.sparse_cost import FEW_ROWS, Work, nanoseconds
 from obc_deploy.runtimes.sparse import DOMAIN, DOMAIN_VERSION
-
-LEAST_ZEROS = 0.25
-"""Fraction of zeros from which a float layer counts as sparse."""
 
 Array = npt.NDArray[Any]
 
@@ -92,9 +90,13 @@ def float_zeros(model: ir.Model) -> dict[str, float]:
     found: dict[str, float] = {}
     for node in model.graph:
         weight = _weight(node)
-        if weight is not None and weight.size:
-            found[node.outputs[0].name or ""] = 1.0 - np.count_nonzero(weight) / weight.size
+        if weight is not None:
+            found[node.outputs[0].name or ""] = _zeros(weight)
     return found
+
+
+def _zeros(weight: Array) -> float:
+    return 1.0 - np.count_nonzero(weight) / max(weight.size, 1)
 
 
 def to_sparse_floats(model: ir.Model) -> list[tuple[str, float]]:
@@ -106,7 +108,7 @@ def to_sparse_floats(model: ir.Model) -> list[tuple[str, float]]:
     made = []
     for node in list(model.graph):
         weight = _weight(node)
-        if weight is None or 1.0 - np.count_nonzero(weight) / max(weight.size, 1) < LEAST_ZEROS:
+        if weight is None or _zeros(weight) < LEAST_ZEROS:
             continue
         given = node.inputs[2] if len(node.inputs) > 2 else None
         bias = constant(given)

@@ -14,12 +14,9 @@ import onnx_ir as ir
 from obc_deploy.exporters.blocked_layout import to_blocked_layout
 from obc_deploy.exporters.edit import constant, drop_dead
 from obc_deploy.exporters.integer_shortcuts import drop_requantizations, pads_onto_codes
-from obc_deploy.exporters.sparse_blocks import stored_blocks
+from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS, stored_blocks
 from obc_deploy.exporters.sparse_float import float_zeros, to_sparse_floats
 from obc_deploy.exporters.sparse_linear import to_sparse_linears
-
-LEAST_ZEROS = 0.25
-"""Fraction of zero blocks from which a layer counts as sparse: dense ones have a few by chance."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from obc_deploy.errors import ExportError
 from obc_deploy.exporters.edit import drop_dead
-from obc_deploy.exporters.folded_weights import name_folded_weights
 from obc_deploy.exporters.int4_blocks import to_int4_blocks
 from obc_deploy.exporters.precision import to_precision
 from obc_deploy.exporters.tensorrt_refusals import refusals
@@ -76,7 +75,6 @@ def to_tensorrt(graph: ir.Model, model: CompressedModel, target: Target) -> tupl
             reason = int8_obstacle(layer, form.scheme)
         if reason is not None:
             notes.append(f"{layer.name}: its weights are stored as floats: {reason}")
-    name_folded_weights(graph, model)
     to_int4_blocks(graph)
     drop_dead(graph)
     changed = sorted({n.op_type for n in graph.graph if n.op_type in _CHANGED_SINCE_18})

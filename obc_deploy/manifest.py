@@ -7,7 +7,6 @@ alone. Unknown fields of a newer version are refused, not guessed at.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from obc_deploy.errors import RunDirectoryError
+from obc_deploy.whole_files import whole_file
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "manifest.json"
@@ -246,12 +246,10 @@ def write_json(path: Path, content: BaseModel | Mapping[str, Any]) -> None:
         text = content.model_dump_json(indent=2)
     else:
         text = json.dumps(content, indent=2)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunDirectoryError(f"cannot write '{path}': {error.strerror}") from error
 
 

@@ -295,24 +295,23 @@ class _Fp8(Product):
         codes, scale = self.codes_of(x)
         return codes.float() * scale
 
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input in e4m3 with as many rows as kernels want, and its scale."""
+        codes, scale = self.codes_of(x)
+        return padded(codes.view(torch.int8), 16).view(FP8), scale
+
 
 class Fp8Product(_Fp8):
     """x Wᵀ + b in e4m3."""
 
     bias: Tensor | None
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, largest: float | None, dtype: torch.dtype
-    ) -> None:
-        """Args: as for its base."""
-        super().__init__(weight, bias, largest, dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         """(m, cols) -> (m, rows)."""
-        codes, scale = self.codes_of(x)
+        codes, scale = self.read(x)
         found = torch._scaled_mm(
-            padded(codes.view(torch.int8), 16).view(FP8), self._codes.t(), scale,
-            self.weight_scale, bias=self.bias, out_dtype=torch.bfloat16,
+            codes, self._codes.t(), scale, self.weight_scale, bias=self.bias,
+            out_dtype=torch.bfloat16,
         )  # fmt: skip
         return found[: x.shape[0]].to(self.dtype)
 
@@ -331,15 +330,14 @@ class SparseFp8Product(_Fp8):
 
     def tune(self, x: Tensor) -> None:
         """Search for the fastest algorithm."""
-        codes, _ = self.codes_of(x)
-        self._weight.search(padded(codes.view(torch.int8), 16).view(FP8), out_dtype=torch.bfloat16)
+        codes, _ = self.read(x)
+        self._weight.search(codes, out_dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         """(m, cols) -> (m, rows)."""
-        codes, scale = self.codes_of(x)
-        read = padded(codes.view(torch.int8), 16).view(FP8)
+        codes, scale = self.read(x)
         # A scalar alpha would be read back to the CPU, which a CUDA graph forbids.
-        found = self._weight(read, out_dtype=torch.bfloat16)[: x.shape[0]]
+        found = self._weight(codes, out_dtype=torch.bfloat16)[: x.shape[0]]
         found = found * (scale * self.weight_scale).to(torch.bfloat16)
         return (found if self.bias is None else found + self.bias).to(self.dtype)
 

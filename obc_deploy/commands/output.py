@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from obc_deploy.errors import ArtifactError
+from obc_deploy.whole_files import whole_file
 
 Stage: TypeAlias = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done."""
@@ -47,12 +48,8 @@ def _write_whole(path: Path, text: str) -> None:
         # A pipe or a device is written to, never replaced.
         path.write_text(text, encoding="utf-8")
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _width() -> int | None:
