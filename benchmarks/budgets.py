@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--search-time", type=float, default=60.0, help="seconds a plan")
     parser.add_argument("--sequential", action="store_true")
     parser.add_argument("--calibration", type=int, default=1024)
+    parser.add_argument("--passes", type=int, default=1, help="over the calibration images")
     parser.add_argument("--images", type=int, default=5000, help="test images in PyTorch")
     parser.add_argument("--timed", type=int, default=500, help="test images in the runtime")
     parser.add_argument("--threads", type=int, default=1)
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             load_network(options.network, shared),
             load_samples(options.network, "calib", shared),
             limit=options.calibration,
+            passes=options.passes,
             source=options.network,
             batch_size=128,
             seed=options.seed,

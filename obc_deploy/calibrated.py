@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from obc_deploy.augmentation import augmented
 from obc_deploy.calibration import HESSIAN_MEMORY, LayerStatistics, collect_hessians
 from obc_deploy.capture import Network, capture, input_names, recapture
 from obc_deploy.corrections import Moments
@@ -52,6 +53,7 @@ class CalibratedModel:
         device: where calibration and solving run.
         batch_size: samples that run through the network at a time.
         levels: schemes that will be asked for: one trace of a layer serves all of a kind.
+        passes: how often the samples show each image, mirrored and shifted from the second on.
         moments: statistics of the dense batch norms' inputs, once they were needed.
         pruned: layers pruned so far, by layer, pattern, method, damping and precision.
     """
@@ -68,6 +70,7 @@ class CalibratedModel:
     device: str
     batch_size: int
     levels: tuple[Scheme, ...] = ()
+    passes: int = 1
     pruned: dict[tuple[str, str, str | None, float, str], CompressedLayer[Tensor]] = field(
         default_factory=dict, repr=False
     )
@@ -110,6 +113,7 @@ def calibrate(
     device: str = "auto",
     device_memory: int | str | None = None,
     limit: int | None = None,
+    passes: int = 1,
     preprocessing: Preprocessing | None = None,
     source: str | None = None,
     weights: str | None = None,
@@ -127,12 +131,13 @@ def calibrate(
         device_memory: most memory that this process may take on a CUDA device, such as "8GiB"; kept
             by torch's allocator from here on.
         limit: most samples to use, chosen at random with `seed`.
+        passes: over them, images mirrored and shifted from the second on (`augmented`).
         preprocessing: for uint8 inputs.
         source: the model's name for the manifest.
         weights: the weights' name for the manifest.
         batch_size: samples that run through the network at a time.
         levels: schemes that will be asked for later; layers are then pruned to all of them at once.
-        seed: of the choice of samples.
+        seed: of the choice of samples, and of what changes in later passes.
 
     Raises:
         CalibrationError: the samples are unusable, or of another shape than the model takes.
@@ -147,6 +152,7 @@ def calibrate(
     if batch_size < 1:
         raise CalibrationError(f"batch size {batch_size}: give 1 or more")
     samples = as_samples(calibration, preprocessing=preprocessing).take(limit, seed)
+    samples = augmented(samples, passes, seed=seed)
     samples = named_inputs(samples, input_names(model))
     example = tuple(torch.from_numpy(array) for array in samples.arrays(0, 2))
     network = capture(model, example)
@@ -181,6 +187,7 @@ def calibrate(
         place,
         batch_size,
         tuple(as_scheme(level) for level in levels),
+        passes,
     )
 
 

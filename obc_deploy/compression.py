@@ -407,6 +407,7 @@ def _manifest(
             source=samples.source,
             samples=len(samples),
             sha256=samples.sha256(),
+            passes=calibrated.passes,
             preprocessing=None
             if samples.preprocessing is None
             else samples.preprocessing.as_dict(),

@@ -43,6 +43,7 @@ class DataSource(_Part):
     source: str
     samples: int
     sha256: str
+    passes: int = 1
     preprocessing: dict[str, Any] | None = None
 
 

@@ -63,6 +63,7 @@ class Compression:
         evaluation: the evaluation data's name, or None.
         data: how samples are read.
         samples: most calibration samples to take.
+        passes: over the calibration images.
         scheme: what every layer gets.
         target: where it is to run.
         skip: patterns of layers that stay dense.
@@ -87,6 +88,7 @@ class Compression:
     evaluation: str | None
     data: o.DataOptions
     samples: int
+    passes: int
     scheme: Scheme
     target: Target
     skip: tuple[str, ...]
@@ -121,8 +123,9 @@ class Compression:
         evaluation = self._evaluation(samples)
         say("capturing the model", 0.0)
         calibrated = calibrate(
-            model, samples, device=self.device, device_memory=self.device_memory,
-            source=self.model, weights=self.weights, batch_size=self.batch_size, seed=self.seed,
+            model, samples, passes=self.passes, device=self.device,
+            device_memory=self.device_memory, source=self.model, weights=self.weights,
+            batch_size=self.batch_size, seed=self.seed,
         )  # fmt: skip
         return calibrated, evaluation
 
@@ -215,6 +218,7 @@ def request(
     evaluation: str | None,
     data: o.DataOptions,
     samples: int,
+    passes: int,
     scheme: str,
     target: str | None,
     skip: list[str] | None,
@@ -249,6 +253,7 @@ def request(
         evaluation=evaluation,
         data=data,
         samples=samples,
+        passes=passes,
         scheme=Scheme.parse(scheme),
         target=default_target() if target is None else as_target(target),
         skip=tuple(skip or ()),
@@ -483,6 +488,7 @@ def compress(
     measured_batch: o.TimedBatch = 1,
     method: o.MethodName = o.Method.EXACT_OBS,
     samples: o.SampleCount = o.DEFAULT_SAMPLES,
+    passes: o.Passes = 1,
     batch_size: o.BatchSize = 64,
     device: o.Device = "auto",
     device_memory: o.DeviceMemory = None,
@@ -515,7 +521,7 @@ def compress(
     run = None if dry_run and output is None else _free_run(output, overwrite=overwrite)
     work = request(
         model=model, weights=weights, calibration=calibration, evaluation=evaluation,
-        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples,
+        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, passes=passes,
         scheme=DEFAULT_SCHEME if scheme is None else scheme,
         target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
         damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,
@@ -563,6 +569,7 @@ def run(
     free_edges: o.FreeEdges = False,
     method: o.MethodName = o.Method.EXACT_OBS,
     samples: o.SampleCount = o.DEFAULT_SAMPLES,
+    passes: o.Passes = 1,
     batch_size: o.BatchSize = 64,
     device: o.Device = "auto",
     device_memory: o.DeviceMemory = None,
@@ -618,7 +625,7 @@ def run(
     require_runtimes(runtime)
     work = request(
         model=model, weights=weights, calibration=calibration, evaluation=evaluation,
-        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples,
+        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, passes=passes,
         scheme=DEFAULT_SCHEME if scheme is None else scheme,
         target=target, skip=skip, layer=layer, fallback=fallback, method=method, ranges=ranges,
         damping=damping, dtype=dtype, bn_reestimate=bn_reestimate, sequential=sequential,

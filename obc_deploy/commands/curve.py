@@ -82,6 +82,7 @@ def curve(
     measured_batch: o.TimedBatch = 1,
     method: o.MethodName = o.Method.EXACT_OBS,
     samples: o.SampleCount = o.DEFAULT_SAMPLES,
+    passes: o.Passes = 1,
     batch_size: o.BatchSize = 64,
     device: o.Device = "auto",
     device_memory: o.DeviceMemory = None,
@@ -111,9 +112,9 @@ def curve(
     )  # fmt: skip
     work = request(
         model=model, weights=weights, calibration=calibration, evaluation=evaluation,
-        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, scheme="w8a8",
-        target=target, skip=skip, layer=layer, fallback=None, method=method, ranges=ranges,
-        damping=damping, dtype=dtype, bn_reestimate=True, sequential=sequential,
+        data=o.DataOptions(scale, mean, std, resize, crop), samples=samples, passes=passes,
+        scheme="w8a8", target=target, skip=skip, layer=layer, fallback=None, method=method,
+        ranges=ranges, damping=damping, dtype=dtype, bn_reestimate=True, sequential=sequential,
         batch_size=batch_size, device=device, device_memory=device_memory, seed=seed,
         no_baselines=False,
     )  # fmt: skip

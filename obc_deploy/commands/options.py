@@ -115,6 +115,15 @@ SampleCount: TypeAlias = Annotated[
         rich_help_panel=_DATA,
     ),
 ]  # fmt: skip
+Passes: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--passes", min=1, metavar="N",
+        help="Passes over the calibration images, from the second on mirrored at random and "
+        "shifted by up to an eighth: for networks trained so, and few images.",
+        rich_help_panel=_DATA,
+    ),
+]  # fmt: skip
 Evaluation: TypeAlias = Annotated[
     str | None,
     typer.Option(

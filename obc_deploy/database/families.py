@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from obc_deploy.database.levels import BLOCK4_LEVELS, UNSTRUCTURED_LEVELS, sparsity_grid
+from obc_deploy.database.levels import UNSTRUCTURED_LEVELS, block4_sparsities, sparsity_grid
 from obc_deploy.errors import SchemeError
 from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Quantization, Scheme, Unstructured
 
@@ -84,7 +84,7 @@ class Family:
         if self.kind is Block4:
             if outline.channels % BLOCK_SIZE:
                 return ()
-            return tuple(Scheme(Block4(s), quantization) for s in sparsity_grid(BLOCK4_LEVELS))
+            return tuple(Scheme(Block4(s), quantization) for s in block4_sparsities())
         grid = sparsity_grid(UNSTRUCTURED_LEVELS)
         return tuple(Scheme(Unstructured(s), quantization) for s in grid)
 

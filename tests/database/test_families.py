@@ -8,8 +8,8 @@ from obc_deploy.database import (
     Family,
     LayerOutline,
     as_families,
+    block4_sparsities,
     choice_error,
-    sparsity_grid,
     stored_form,
     stored_levels,
 )
@@ -28,7 +28,7 @@ def test_a_family_reads_what_it_writes(text: str) -> None:
 
 def test_a_grid_has_all_its_levels_sparsest_last() -> None:
     levels = Family.parse("block4+w8a8").levels(LAYER)
-    assert [str(level) for level in levels] == [f"block4@{s:g}+w8a8" for s in sparsity_grid(30)]
+    assert [str(level) for level in levels] == [f"block4@{s:g}+w8a8" for s in block4_sparsities()]
     assert len(Family.parse("unstructured").levels(LAYER)) == 45
 
 

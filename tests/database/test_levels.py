@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from obc_deploy.database import levels_for, sparsity_grid
+from obc_deploy.database import block4_sparsities, levels_for, sparsity_grid
 from obc_deploy.errors import TargetError
 from obc_deploy.schemes import NM, Block4, Scheme, Unstructured
 from obc_deploy.solvers import check_scheme
@@ -29,12 +29,21 @@ def test_each_level_keeps_nine_tenths_of_the_one_before():
         assert after == pytest.approx(0.9 * before, abs=1e-4)
 
 
+def test_blocks_go_on_in_wider_steps_where_the_paper_stops():
+    levels = block4_sparsities()
+    assert levels[:30] == sparsity_grid(30)
+    assert set(levels) < set(sparsity_grid(45))
+    assert levels[-1] == 0.9903
+    for before, after in pairwise(levels[29:]):
+        assert 1.0 - after == pytest.approx(0.81 * (1.0 - before), abs=1e-4)
+
+
 def test_all_levels_of_a_layer():
     levels = levels_for(None, 64, 576)
     assert str(levels[0]) == "dense"
     floats = [level for level in levels if level.quantization is None]
     assert len(kinds(floats, Unstructured)) == 45
-    assert len(kinds(floats, Block4)) == 30
+    assert len(kinds(floats, Block4)) == len(block4_sparsities())
     assert [str(level) for level in kinds(floats, NM)] == ["2:4"]
     texts = [str(level) for level in levels]
     assert {"w8a8", "w4a4", "w4", "w3", "w2", "2:4+w8a8", "2:4+w4a4"} <= set(texts)
