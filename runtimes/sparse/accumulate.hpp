@@ -68,7 +68,7 @@ static void accumulate(const RowsOfBlocks& work) {
             // Too few vectors to hide an instruction's latency: sums of their own for every kChains-th block.
             Lanes::Sums others[kChains > 1 ? kChains - 1 : 1][kVectors];
 #pragma GCC unroll 64
-            for (int v = 0; v < (kChains - 1) * kVectors; ++v) others[v / kVectors][v % kVectors] = Lanes::start(0);
+            for (int v = 0; v < (kChains - 1) * kVectors; ++v) others[v / kVectors][v % kVectors] = Lanes::zero();
             for (; left <= -kChains; left += kChains) {
                 add_block<kRows, kColumns>(sum, tile, pitch, offset[left], block + left * Lanes::kWeightBytes);
 #pragma GCC unroll 4

@@ -1,6 +1,7 @@
 // ONNX Runtime's side as C++: tensors, constants, and its thread pool.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 #include <optional>
@@ -141,7 +142,20 @@ class Run {
         if (shared.failed) throw std::bad_alloc();
     }
 
+    // Calls body(first, last) for ranges of 0 to total - 1, of as many as are worth a call: small
+    // planes, of `bytes` each, take no longer than that.
+    template <class Body>
+    void parallel_ranges(int64_t total, int64_t bytes, const Body& body) const {
+        const int64_t least = std::max<int64_t>(1, kRangeBytes / std::max<int64_t>(1, bytes));
+        const int64_t ranges = (total + least - 1) / least;
+        parallel(ranges, [&](int64_t range) {
+            body(range * total / ranges, (range + 1) * total / ranges);
+        });
+    }
+
   private:
+    static constexpr int64_t kRangeBytes = 16 * 1024;
+
     const ort::Api& api_;
     ort::KernelContext* context_;
     std::vector<Tensor> inputs_;

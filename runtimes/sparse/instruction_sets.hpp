@@ -11,7 +11,7 @@ namespace obc::sparse {
 constexpr int64_t kTilePixels = 16;  // of a blocked row: what these loops hold at a time
 constexpr int64_t kTileBytes = kTilePixels * kBlock;
 constexpr int64_t kTokens = 64;  // rows of a linear layer that share each load of a weight
-constexpr int64_t kRun = 16;     // blocks that a single row takes at a time
+constexpr int64_t kSlice = 16;   // outputs side by side where rows go by themselves
 
 // Neighbouring pixels of one block of channels of a depthwise convolution.
 struct DepthwisePixels {
@@ -27,13 +27,19 @@ struct DepthwisePixels {
     uint8_t* output;
 };
 
-// Non-zero blocks of a linear layer: output o's are start[o] to end[o] - 1, filled up with zeros from
-// there to start[o + 1], a multiple of kRun.
+// Non-zero blocks of a linear layer: output o's are start[o] to start[o + 1] - 1.
 struct LinearBlocks {
     const int32_t* start;
-    const int32_t* end;
     const int32_t* index;  // input block
     const int8_t* values;  // [4] each
+};
+
+// The same, kSlice outputs side by side: those of slice s are places start[s] to start[s + 1] - 1, each
+// of kSlice blocks, filled up with zeros to the longest of its outputs.
+struct LinearSlices {
+    const int32_t* start;
+    const int32_t* index;  // [kSlice] each
+    const int8_t* values;  // [kSlice][4] each
 };
 
 // Non-zero weights of a float layer.
@@ -56,6 +62,9 @@ struct InstructionSet {
     // to = quantize(dequantize(a) + dequantize(b))
     void (*add)(const uint8_t* a, const Grid& a_grid, const uint8_t* b, const Grid& b_grid,
                 int64_t bytes, const OutputGrid& grid, uint8_t* to);
+    // The largest of two by two pixels.
+    void (*larger_of_fours)(const uint8_t* from, int64_t from_row_bytes, int64_t pixels, int64_t rows,
+                            uint8_t* to, int64_t to_row_bytes);
     // to = max(to, from)
     void (*keep_larger)(const uint8_t* from, int64_t bytes, uint8_t* to);
     // to += from
@@ -65,8 +74,9 @@ struct InstructionSet {
     // Every stride-th pixel.
     void (*take_pixels)(const uint8_t* from, int64_t stride, int64_t pixels, uint8_t* to);
     void (*depthwise)(const DepthwisePixels& run);
-    // sums[o] over one row's blocks, and sums[o][token] over kTokens rows [input blocks][kTokens][4].
-    void (*linear_row)(const LinearBlocks& weights, const uint8_t* row, int64_t outputs, int32_t* sums);
+    // sums[slice][output] over one row's blocks, and sums[o][token] over kTokens rows [input
+    // blocks][kTokens][4].
+    void (*linear_row)(const LinearSlices& weights, const uint8_t* row, int64_t slices, int32_t* sums);
     void (*linear_tokens)(const LinearBlocks& weights, const uint8_t* rows, int64_t outputs,
                           int32_t* sums);
     // One channel's sums to codes, and to float32: to = (sums + bias) * multiplier.
@@ -74,6 +84,11 @@ struct InstructionSet {
                        const OutputGrid& grid, uint8_t* to);
     void (*scale_sums)(const int32_t* sums, int64_t count, int32_t bias, float multiplier, float offset,
                        float* to);
+    // The same of one sum a channel.
+    void (*requantize_channels)(const int32_t* sums, int64_t count, const int32_t* bias,
+                                const float* multiplier, const OutputGrid& grid, uint8_t* to);
+    void (*scale_channels)(const int32_t* sums, int64_t count, const int32_t* bias,
+                           const float* multiplier, const float* offset, float* to);
     // Sum of value * row[index], and `floats` such sums, each an element further on.
     float (*float_dot)(const FloatEntries& weights, int64_t output, const float* row);
     void (*float_products)(const FloatEntries& weights, int64_t output, const float* from, float* to);

@@ -58,6 +58,7 @@ struct Lanes {
         const __m256i first_part = _mm256_set1_epi64x(static_cast<uint32_t>(bias));
         return Sums{first_part, first_part};
     }
+    static OBC_INLINE Sums zero() { return start(0); }
     static OBC_INLINE Sums load(const void* from) {
         return Sums{_mm256_load_si256(vector(from)), _mm256_load_si256(vector(from) + 1)};
     }

@@ -15,6 +15,12 @@ struct Lanes {
     typedef __m256i Weights;
 
     static OBC_INLINE Sums start(int32_t bias) { return _mm256_set1_epi32(bias); }
+    // From a zero that it knows, GCC copies registers in every round of a loop.
+    static OBC_INLINE Sums zero() {
+        __m256i sums = _mm256_setzero_si256();
+        __asm__("" : "+x"(sums));
+        return sums;
+    }
     static OBC_INLINE Sums load(const void* from) {
         return _mm256_load_si256(static_cast<const __m256i*>(from));
     }

@@ -161,6 +161,12 @@ struct Lanes {
     typedef __m512i Weights;
 
     static OBC_INLINE Sums start(int32_t bias) { return _mm512_set1_epi32(bias); }
+    // From a zero that it knows, GCC copies registers in every round of a loop.
+    static OBC_INLINE Sums zero() {
+        __m512i sums = _mm512_setzero_si512();
+        __asm__("" : "+v"(sums));
+        return sums;
+    }
     static OBC_INLINE Sums load(const void* from) { return _mm512_load_si512(from); }
     static OBC_INLINE void store(void* to, Sums sums) { _mm512_store_si512(to, sums); }
     static OBC_INLINE Weights weights(const int8_t* block) {

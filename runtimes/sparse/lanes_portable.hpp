@@ -175,6 +175,7 @@ struct Lanes {
         for (int32_t& lane : sums.lane) lane = bias;
         return sums;
     }
+    static Sums zero() { return start(0); }
     static Sums load(const void* from) {
         Sums sums;
         __builtin_memcpy(&sums, from, sizeof sums);

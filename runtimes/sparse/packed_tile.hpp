@@ -27,22 +27,49 @@ struct Subtiles {
     int32_t rows_before[Lanes::kPixels];  // that belong to the subtile above, and are not written again
     int32_t columns_before[Lanes::kPixels];
     bool whole;  // no lane leaves anything to another
+    int present;  // lanes; those beyond are as the last one, and nobody needs them
+    // The lanes are neighbouring pixels, four at a time.
+    bool fours_in;
+    bool fours_out;
+    bool fours_residual;
 };
 
-// One position of a vector a time where the rows are too short for four.
+// Whether lanes are neighbours in memory, four at a time.
+static bool are_fours(const uint8_t* const* lanes) {
+    bool fours = true;
+    for (int lane = 0; lane < Lanes::kPixels; ++lane) {
+        fours &= lane % 4 == 0 || lanes[lane] - lanes[lane - 1] == kBlock;
+    }
+    return fours;
+}
+
+// One position of a vector, where the rows are too short for four.
 template <class Pixels>
-static void pack_subtiles(uint8_t* to, const uint8_t* const* lanes, int64_t offset, int64_t row_bytes,
-                          const int32_t* row_slot, int64_t rows, const int32_t* column_slot,
-                          int64_t columns, int64_t slots) {
+static OBC_INLINE void pack_position(uint8_t* to, const uint8_t* const* lanes, int64_t offset, int present,
+                                     bool fours) {
+    if (fours && Pixels::kBytes == kBlock) {
+#pragma GCC unroll 4
+        for (int lane = 0; lane < Lanes::kPixels; lane += 4) {
+            __builtin_memcpy(to + lane * kBlock, lanes[lane] + offset, 4 * kBlock);
+        }
+        return;
+    }
+    for (int lane = 0; lane < present; ++lane) {
+        Pixels::pack_one(to + lane * Pixels::kBytes, lanes[lane] + offset);
+    }
+}
+
+template <class Pixels>
+static void pack_subtiles(uint8_t* to, const uint8_t* const* lanes, int present, bool fours, int64_t offset,
+                          int64_t row_bytes, const int32_t* row_slot, int64_t rows,
+                          const int32_t* column_slot, int64_t columns, int64_t slots) {
     constexpr int kBytes = Lanes::kPixels * Pixels::kBytes;
     for (int64_t row = 0; row < rows; ++row, offset += row_bytes) {
         uint8_t* const start = to + row_slot[row] * slots * kBytes;
         if (columns < 4) {
             for (int64_t column = 0; column < columns; ++column) {
-                uint8_t* const vector = start + column_slot[column] * kBytes;
-                for (int lane = 0; lane < Lanes::kPixels; ++lane) {
-                    Pixels::pack_one(vector + lane * Pixels::kBytes, lanes[lane] + offset + column * kBlock);
-                }
+                pack_position<Pixels>(start + column_slot[column] * kBytes, lanes, offset + column * kBlock,
+                                      present, fours);
             }
             continue;
         }
@@ -69,7 +96,14 @@ static void unpack_subtiles(const Subtiles& subtiles, int64_t offset, int64_t ro
             if (column == columns - 4) break;
         }
         if (columns >= 4 && subtiles.whole) continue;
-        for (int lane = 0; lane < Lanes::kPixels; ++lane) {
+        if (columns == 1 && subtiles.whole && subtiles.fours_out) {
+#pragma GCC unroll 4
+            for (int lane = 0; lane < Lanes::kPixels; lane += 4) {
+                __builtin_memcpy(subtiles.output[lane] + offset, from + lane * kBlock, 4 * kBlock);
+            }
+            continue;
+        }
+        for (int lane = 0; lane < subtiles.present; ++lane) {
             if (row < subtiles.rows_before[lane]) continue;
             const int first = subtiles.columns_before[lane];
             const uint8_t* const pixels = from + lane * kBlock;

@@ -88,7 +88,8 @@ static void place_subtiles(const ConvolutionPlan& plan, const BlockedTensors& te
     int64_t across = begin % plan.across_;
     int64_t down = begin / plan.across_ % plan.down_;
     int64_t image = begin / plan.across_ / plan.down_;
-    bool present = true;  // lanes beyond the last subtile are as the last one
+    bool present = true;
+    subtiles.present = 0;
     for (int lane = 0; lane < Lanes::kPixels; ++lane) {
         const int64_t row = down * shape.rows;
         const int64_t column = across * shape.columns;
@@ -107,6 +108,7 @@ static void place_subtiles(const ConvolutionPlan& plan, const BlockedTensors& te
             place.border_runs += own_border(output, image, own_row, column, x + shape.columns,
                                             scratch.border_runs + place.border_runs);
         }
+        subtiles.present += present;
         if (across + 1 < plan.across_) {
             ++across;
         } else if (down + 1 < plan.down_) {
@@ -119,6 +121,9 @@ static void place_subtiles(const ConvolutionPlan& plan, const BlockedTensors& te
             present = false;
         }
     }
+    subtiles.fours_in = are_fours(subtiles.input);
+    subtiles.fours_out = are_fours(subtiles.output);
+    subtiles.fours_residual = plan.residual_.present && are_fours(subtiles.residual);
 }
 
 static void pack_group(const ConvolutionPlan& plan, const BlockedTensors& tensors,
@@ -129,7 +134,8 @@ static void pack_group(const ConvolutionPlan& plan, const BlockedTensors& tensor
     uint8_t* to = scratch.tile;
     for (int64_t block = first; block < last; ++block, to += tile_bytes) {
         if (!plan.flat_) {
-            pack_subtiles<TilePixels>(to, place.subtiles.input, block * plane_bytes,
+            pack_subtiles<TilePixels>(to, place.subtiles.input, place.subtiles.present,
+                                      place.subtiles.fours_in, block * plane_bytes,
                                       plan.shape_.input.row_bytes(), plan.row_slot_.data(),
                                       plan.position_rows_, plan.column_slot_.data(),
                                       plan.position_columns_, plan.position_columns_);
@@ -154,9 +160,10 @@ static void read_residual(const ConvolutionPlan& plan, const BlockedTensors& ten
                           int64_t block) {
     const int64_t offset = block * plan.residual_shape_.plane_bytes();
     if (!plan.flat_) {
-        pack_subtiles<Codes>(scratch.residual, place.subtiles.residual, offset,
-                             plan.residual_shape_.row_bytes(), plan.straight_.data(), shape.rows,
-                             plan.straight_.data(), shape.columns, shape.columns);
+        pack_subtiles<Codes>(scratch.residual, place.subtiles.residual, place.subtiles.present,
+                             place.subtiles.fours_residual, offset, plan.residual_shape_.row_bytes(),
+                             plan.straight_.data(), shape.rows, plan.straight_.data(), shape.columns,
+                             shape.columns);
         return;
     }
     for (int64_t r = 0; r < place.pixel_runs; ++r) {

@@ -17,6 +17,10 @@ struct Windows {
     int64_t bottom;
     int64_t right;
 
+    // Two by two, side by side: what most networks pool.
+    bool halve() const {
+        return height == 2 && width == 2 && vertical == 2 && horizontal == 2 && most_padding() == 0;
+    }
     int64_t most_padding() const { return std::max(std::max(top, left), std::max(bottom, right)); }
     int64_t out_height(int64_t in) const {
         return outputs(in + top + bottom, height, vertical, "height");

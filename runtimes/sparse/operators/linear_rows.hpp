@@ -33,27 +33,6 @@ inline int64_t row_count(const Tensor& x) {
     return rows;
 }
 
-// Where each output's entries begin once they are filled up to whole runs, and where they end.
-struct RunRows {
-    std::vector<int32_t> start;  // [outputs + 1]
-    std::vector<int32_t> end;    // [outputs], without what was filled up
-
-    explicit RunRows(const SparseRows& rows) {
-        int64_t place = 0;
-        for (int64_t o = 0; o < rows.outputs; ++o) {
-            const int64_t count = rows.row_start[size_t(o) + 1] - rows.row_start[size_t(o)];
-            start.push_back(int32_t(place));
-            end.push_back(int32_t(place + count));
-            place += (count + kRun - 1) / kRun * kRun;
-            if (place > std::numeric_limits<int32_t>::max() - kRun)
-                refuse("input 'values' has too many rows");
-        }
-        start.push_back(int32_t(place));
-    }
-
-    size_t places() const { return size_t(start.back()); }
-};
-
 // Writes numbers[output][row] to rows of outputs.
 template <class Number>
 void store_rows(const Number* numbers, int64_t row_length, int64_t outputs, int64_t rows,
@@ -66,39 +45,65 @@ void store_rows(const Number* numbers, int64_t row_length, int64_t outputs, int6
 // Block-sparse weights ready for the linear loops.
 class LinearWeights {
   public:
-    explicit LinearWeights(const BlockRows& blocks)
-        : set_(instruction_set()), outputs_(blocks.outputs), rows_(blocks), index_(rows_.places()),
-          values_(rows_.places() * kBlock) {
-        for (int64_t o = 0; o < outputs_; ++o) {
-            const size_t from = size_t(blocks.row_start[size_t(o)]),
-                         to = size_t(rows_.start[size_t(o)]);
-            const size_t count = size_t(rows_.end[size_t(o)]) - to;
-            std::copy_n(blocks.index.data() + from, count, index_.data() + to);
-            std::copy_n(blocks.values.data() + from * kBlock, count * kBlock,
-                        values_.data() + to * kBlock);
-        }
+    explicit LinearWeights(const BlockRows& blocks) : set_(instruction_set()), blocks_(blocks) {
+        for (int64_t first = 0; first < blocks.outputs; first += kOutputs) add_slices(first);
     }
 
-    int64_t outputs() const { return outputs_; }
+    int64_t outputs() const { return blocks_.outputs; }
 
-    // For each output o, `finish(o, sums, count, to)` makes numbers of the sums of `count` rows.
-    template <class Number, class Finish>
-    void run(const Run& run, int64_t features, const Tensor& output, const Finish& finish) const {
+    // Numbers of sums: `of_output(o, sums, count, to)` of one output's in `count` rows,
+    // `of_row(first, sums, count, to)` of one row's of `count` outputs.
+    template <class Number, class OfOutput, class OfRow>
+    void run(const Run& run, int64_t features, const Tensor& output, const OfOutput& of_output,
+             const OfRow& of_row) const {
         const int64_t rows = row_count(run.input(0));
         if (rows < kFewRows) {
-            each_row<Number>(run, rows, features, output, finish);
+            each_row<Number>(run, rows, features, output, of_row);
         } else {
-            tiles_of_rows<Number>(run, rows, features, output, finish);
+            tiles_of_rows<Number>(run, rows, features, output, of_output);
         }
     }
 
   private:
-    template <class Number, class Finish>
+    static constexpr int64_t kOutputs = 64;  // of one row at a time
+
+    // Slices of the outputs first to first + kOutputs - 1, those with the most blocks first: a slice
+    // takes as long as its longest output.
+    void add_slices(int64_t first) {
+        const int64_t count = std::min(kOutputs, outputs() - first);
+        const auto blocks_of = [&](int64_t o) {
+            return blocks_.row_start[size_t(o) + 1] - blocks_.row_start[size_t(o)];
+        };
+        std::vector<int32_t> order(static_cast<size_t>(count));
+        for (int64_t o = 0; o < count; ++o) order[size_t(o)] = int32_t(first + o);
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return blocks_of(a) > blocks_of(b); });
+        order.resize(size_t((count + kSlice - 1) / kSlice * kSlice), int32_t(-1));
+        for (size_t slice = 0; slice < order.size(); slice += size_t(kSlice)) {
+            const int64_t places = blocks_of(order[slice]);
+            const size_t begin = index_.size();
+            index_.resize(begin + size_t(places * kSlice));
+            values_.resize(index_.size() * kBlock);
+            for (size_t lane = 0; lane < size_t(kSlice); ++lane) {
+                const int32_t o = order[slice + lane];
+                for (int32_t place = 0; o >= 0 && place < blocks_of(o); ++place) {
+                    const size_t from = size_t(blocks_.row_start[size_t(o)] + place);
+                    const size_t to = begin + size_t(place) * size_t(kSlice) + lane;
+                    index_[to] = blocks_.index[from];
+                    std::copy_n(blocks_.values.data() + from * kBlock, kBlock, values_.data() + to * kBlock);
+                }
+                slice_output_.push_back(o < 0 ? -1 : int32_t(o - first));
+            }
+            slice_start_.push_back(int32_t(index_.size() / size_t(kSlice)));
+        }
+    }
+
+    template <class Number, class OfRow>
     void each_row(const Run& run, int64_t rows, int64_t features, const Tensor& output,
-                  const Finish& finish) const {
-        constexpr int64_t kOutputs = 64;
+                  const OfRow& of_row) const {
+        constexpr int64_t kSlices = kOutputs / kSlice;
         const int64_t blocks = (features + kBlock - 1) / kBlock,
-                      chunks = (outputs_ + kOutputs - 1) / kOutputs;
+                      chunks = (outputs() + kOutputs - 1) / kOutputs;
         const ScratchPool::Piece scratch = scratch_.borrow(size_t(rows * blocks * kBlock));
         uint8_t* copies = scratch.as<uint8_t>();  // rows of whole blocks
         for (int64_t row = 0; row < rows; ++row) {
@@ -107,21 +112,27 @@ class LinearWeights {
             std::memcpy(copy, run.input(0).read<uint8_t>() + row * features, size_t(features));
         }
         run.parallel(rows * chunks, [&](int64_t part) {
-            const int64_t row = part / chunks, first = part % chunks * kOutputs;
-            const int64_t count = std::min(kOutputs, outputs_ - first);
-            int32_t sums[kOutputs];
-            set_.linear_row(view(first), copies + row * blocks * kBlock, count, sums);
-            Number* to = output.write<Number>() + row * outputs_ + first;
-            for (int64_t o = 0; o < count; ++o) finish(first + o, sums + o, 1, to + o);
+            const int64_t row = part / chunks, chunk = part % chunks, first = chunk * kOutputs;
+            const int64_t count = std::min(kOutputs, outputs() - first);
+            const int64_t slices = (count + kSlice - 1) / kSlice;
+            const LinearSlices weights{slice_start_.data() + chunk * kSlices, index_.data(),
+                                       values_.data()};
+            int32_t by_slice[kOutputs], sums[kOutputs];
+            set_.linear_row(weights, copies + row * blocks * kBlock, slices, by_slice);
+            const int32_t* place = slice_output_.data() + first;
+            for (int64_t i = 0; i < slices * kSlice; ++i) {
+                if (place[i] >= 0) sums[place[i]] = by_slice[i];
+            }
+            of_row(first, sums, count, output.write<Number>() + row * outputs() + first);
         });
     }
 
-    template <class Number, class Finish>
+    template <class Number, class OfOutput>
     void tiles_of_rows(const Run& run, int64_t rows, int64_t features, const Tensor& output,
-                       const Finish& finish) const {
+                       const OfOutput& of_output) const {
         const int64_t blocks = (features + kBlock - 1) / kBlock, tile_bytes = blocks * kTokens * kBlock;
         const int64_t tiles = (rows + kTokens - 1) / kTokens;
-        const int64_t chunks = (outputs_ + kOutputsAtOnce - 1) / kOutputsAtOnce;
+        const int64_t chunks = (outputs() + kOutputsAtOnce - 1) / kOutputsAtOnce;
         const ScratchPool::Piece scratch = scratch_.borrow(size_t(tiles * tile_bytes));
         uint8_t* packed = scratch.as<uint8_t>();
         run.parallel(tiles, [&](int64_t tile) {
@@ -131,16 +142,16 @@ class LinearWeights {
         });
         run.parallel(tiles * chunks, [&](int64_t part) {
             const int64_t tile = part / chunks, first = part % chunks * kOutputsAtOnce;
-            const int64_t last = std::min(first + kOutputsAtOnce, outputs_);
+            const int64_t last = std::min(first + kOutputsAtOnce, outputs());
             const int64_t count = std::min(kTokens, rows - tile * kTokens);
             int32_t sums[kOutputsAtOnce * kTokens];
             Number numbers[kOutputsAtOnce * kTokens];
             set_.linear_tokens(view(first), packed + tile * tile_bytes, last - first, sums);
             for (int64_t o = 0; o < last - first; ++o) {
-                finish(first + o, sums + o * kTokens, kTokens, numbers + o * kTokens);
+                of_output(first + o, sums + o * kTokens, kTokens, numbers + o * kTokens);
             }
-            store_rows(numbers, kTokens, last - first, count, outputs_,
-                       output.write<Number>() + tile * kTokens * outputs_ + first);
+            store_rows(numbers, kTokens, last - first, count, outputs(),
+                       output.write<Number>() + tile * kTokens * outputs() + first);
         });
     }
 
@@ -157,13 +168,14 @@ class LinearWeights {
     }
 
     LinearBlocks view(int64_t first) const {
-        return {rows_.start.data() + first, rows_.end.data() + first, index_.data(), values_.data()};
+        return {blocks_.row_start.data() + first, blocks_.index.data(), blocks_.values.data()};
     }
 
     const InstructionSet& set_;
-    int64_t outputs_;
-    RunRows rows_;
-    std::vector<int32_t> index_;
+    BlockRows blocks_;
+    std::vector<int32_t> slice_start_{0};
+    std::vector<int32_t> slice_output_;  // within its kOutputs, -1 where there is none
+    std::vector<int32_t> index_;         // by slice
     std::vector<int8_t> values_;
     mutable ScratchPool scratch_;
 };

@@ -27,11 +27,8 @@ class MaxPool {
         // that begin at each pixel, of which the strides take some.
         const int64_t positions = (y.width - 1) * windows.horizontal + 1;
         const int64_t padded = positions + windows.width - 1;
-        run.parallel(y.images * y.blocks(), [&](int64_t plane) {
-            const ScratchPool::Piece scratch = scratch_.borrow(size_t((padded + positions) * kBlock));
-            uint8_t* columns = scratch.as<uint8_t>();
+        const auto any_windows = [&](int64_t plane, uint8_t* columns) {
             uint8_t* maxima = columns + padded * kBlock;
-            fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y, options_.zero_point);
             const int64_t inside = std::min(x.width, padded - windows.left);
             for (int64_t row = 0; row < y.height; ++row) {
                 const Span span =
@@ -48,8 +45,22 @@ class MaxPool {
                 set_.take_pixels(maxima, windows.horizontal, y.width,
                                  writable_pixel(output, y, plane, row));
             }
-            fill_spare_lanes(writable_pixel(output, y, plane), y, plane % y.blocks(),
-                             options_.zero_point);
+        };
+        const bool halves = windows.halve();
+        const size_t scratch_bytes = halves ? 0 : size_t((padded + positions) * kBlock);
+        run.parallel_ranges(y.images * y.blocks(), x.plane_bytes(), [&](int64_t first, int64_t last) {
+            const ScratchPool::Piece scratch = scratch_.borrow(scratch_bytes);
+            for (int64_t plane = first; plane < last; ++plane) {
+                fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y, options_.zero_point);
+                if (halves) {
+                    set_.larger_of_fours(pixel(run.input(0), x, plane), x.row_bytes(), y.width, y.height,
+                                         writable_pixel(output, y, plane), y.row_bytes());
+                } else {
+                    any_windows(plane, scratch.as<uint8_t>());
+                }
+                fill_spare_lanes(writable_pixel(output, y, plane), y, plane % y.blocks(),
+                                 options_.zero_point);
+            }
         });
     }
 

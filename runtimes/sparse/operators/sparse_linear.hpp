@@ -31,11 +31,15 @@ class SparseLinear {
         : SparseLinear(options, constants, read_blocks(constants, 1, options.features, 1)) {}
 
     void run(const Run& run, const Tensor& output) const {
-        weights_.run<uint8_t>(run, options_.features, output,
-                              [&](int64_t o, const int32_t* sums, int64_t count, uint8_t* to) {
-                                  set_.requantize(sums, count, bias_[size_t(o)], multiplier_[size_t(o)],
-                                                  options_.grid, to);
-                              });
+        weights_.run<uint8_t>(
+            run, options_.features, output,
+            [&](int64_t o, const int32_t* sums, int64_t count, uint8_t* to) {
+                set_.requantize(sums, count, bias_[size_t(o)], multiplier_[size_t(o)], options_.grid, to);
+            },
+            [&](int64_t first, const int32_t* sums, int64_t count, uint8_t* to) {
+                set_.requantize_channels(sums, count, bias_.data() + first, multiplier_.data() + first,
+                                         options_.grid, to);
+            });
     }
 
   private:
@@ -78,11 +82,16 @@ class SparseLinearDequantize {
         : SparseLinearDequantize(options, constants, read_blocks(constants, 1, options.features, 1)) {}
 
     void run(const Run& run, const Tensor& output) const {
-        weights_.run<float>(run, options_.features, output,
-                            [&](int64_t o, const int32_t* sums, int64_t count, float* to) {
-                                set_.scale_sums(sums, count, zero_point_sums_[size_t(o)],
-                                                multiplier_[size_t(o)], bias_[size_t(o)], to);
-                            });
+        weights_.run<float>(
+            run, options_.features, output,
+            [&](int64_t o, const int32_t* sums, int64_t count, float* to) {
+                set_.scale_sums(sums, count, zero_point_sums_[size_t(o)], multiplier_[size_t(o)],
+                                bias_[size_t(o)], to);
+            },
+            [&](int64_t first, const int32_t* sums, int64_t count, float* to) {
+                set_.scale_channels(sums, count, zero_point_sums_.data() + first,
+                                    multiplier_.data() + first, bias_.data() + first, to);
+            });
     }
 
   private:

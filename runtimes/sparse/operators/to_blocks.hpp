@@ -25,29 +25,34 @@ struct ToBlocksOptions {
     }
 };
 
-// Plane by plane: `codes(from, count, to)` makes codes of one row's numbers.
+// Plane by plane: `codes(from, count, room)` is where the codes of one row's numbers are, in `room`
+// if need be.
 template <class Number, class Codes>
 void write_blocks(const Run& run, const BlockedShape& shape, int32_t zero_point, const Codes& codes,
                   const InstructionSet& set, const Tensor& output) {
     constexpr int64_t kStretch = 256;  // pixels at a time
     const Number* numbers = run.input(0).read<Number>();
-    run.parallel(shape.images * shape.blocks(), [&](int64_t plane) {
-        const int64_t image = plane / shape.blocks(), block = plane % shape.blocks();
-        fill_border(output.write<uint8_t>() + plane * shape.plane_bytes(), shape, zero_point);
-        uint8_t lanes[kBlock][kStretch];
-        const uint8_t* rows[kBlock] = {lanes[0], lanes[1], lanes[2], lanes[3]};
-        std::memset(lanes, zero_point, sizeof lanes);
-        const int64_t used = std::min<int64_t>(kBlock, shape.channels - block * kBlock);
-        const Number* first =
-            numbers + (image * shape.channels + block * kBlock) * shape.height * shape.width;
-        for (int64_t y = 0; y < shape.height; ++y) {
-            uint8_t* to = writable_pixel(output, shape, plane, y);
-            for (int64_t x = 0; x < shape.width; x += kStretch) {
-                const int64_t count = std::min(kStretch, shape.width - x);
-                for (int64_t lane = 0; lane < used; ++lane) {
-                    codes(first + (lane * shape.height + y) * shape.width + x, count, lanes[lane]);
+    const int64_t area = shape.height * shape.width;
+    // Without a border a plane's pixels are one row.
+    const int64_t width = shape.border ? shape.width : area;
+    run.parallel_ranges(shape.images * shape.blocks(), shape.plane_bytes(), [&](int64_t begin, int64_t end) {
+        uint8_t room[kBlock][kStretch], zeros[kStretch];
+        std::memset(zeros, zero_point, sizeof zeros);
+        for (int64_t plane = begin; plane < end; ++plane) {
+            const int64_t image = plane / shape.blocks(), block = plane % shape.blocks();
+            fill_border(output.write<uint8_t>() + plane * shape.plane_bytes(), shape, zero_point);
+            const int64_t used = std::min<int64_t>(kBlock, shape.channels - block * kBlock);
+            const Number* first = numbers + (image * shape.channels + block * kBlock) * area;
+            for (int64_t y = 0; y * width < area; ++y) {
+                uint8_t* to = writable_pixel(output, shape, plane, y);
+                for (int64_t x = 0; x < width; x += kStretch) {
+                    const int64_t count = std::min(kStretch, width - x);
+                    const uint8_t* rows[kBlock] = {zeros, zeros, zeros, zeros};
+                    for (int64_t lane = 0; lane < used; ++lane) {
+                        rows[lane] = codes(first + lane * area + y * width + x, count, room[lane]);
+                    }
+                    set.interleave(rows, count, to + x * kBlock);
                 }
-                set.interleave(rows, count, to + x * kBlock);
             }
         }
     });
@@ -69,11 +74,9 @@ class ToBlocks {
     ToBlocks(const Options& options, const Constants&) : options_(options), set_(instruction_set()) {}
 
     void run(const Run& run, const Tensor& output) const {
-        const auto copy = [](const uint8_t* from, int64_t count, uint8_t* to) {
-            std::memcpy(to, from, size_t(count));
-        };
-        write_blocks<uint8_t>(run, options_.blocked(run.input(0).shape), options_.zero_point, copy,
-                              set_, output);
+        const auto themselves = [](const uint8_t* from, int64_t, uint8_t*) { return from; };
+        write_blocks<uint8_t>(run, options_.blocked(run.input(0).shape), options_.zero_point,
+                              themselves, set_, output);
     }
 
   private:
@@ -97,8 +100,9 @@ class QuantizeToBlocks {
         : options_(options), set_(instruction_set()) {}
 
     void run(const Run& run, const Tensor& output) const {
-        const auto quantize = [&](const float* from, int64_t count, uint8_t* to) {
-            set_.quantize(from, count, options_.grid, to);
+        const auto quantize = [&](const float* from, int64_t count, uint8_t* room) {
+            set_.quantize(from, count, options_.grid, room);
+            return const_cast<const uint8_t*>(room);
         };
         write_blocks<float>(run, options_.blocked(run.input(0).shape), options_.grid.grid.zero_point,
                             quantize, set_, output);

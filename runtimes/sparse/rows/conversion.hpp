@@ -12,22 +12,43 @@ inline void dequantize(const uint8_t* from, int64_t count, const Grid& grid, flo
     for (int64_t i = 0; i < count; ++i) to[i] = float(from[i] - zero_point) * scale;
 }
 
-inline void interleave(const uint8_t* const rows[kBlock], int64_t pixels, uint8_t* to) {
-    const uint8_t *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
-    for (int64_t x = 0; x < pixels; ++x) {
-        to[4 * x] = a[x];
-        to[4 * x + 1] = b[x];
-        to[4 * x + 2] = c[x];
-        to[4 * x + 3] = d[x];
+// Pixels as one number each, the first channel lowest: widened and shifted, or shifted and narrowed.
+template <int count>
+OBC_INLINE void interleave_some(const uint8_t* const rows[kBlock], int64_t x, uint8_t* to) {
+    uint8_t codes[kBlock][count];
+    uint32_t pixels[count];
+    for (int lane = 0; lane < kBlock; ++lane) std::memcpy(codes[lane], rows[lane] + x, count);
+    for (int i = 0; i < count; ++i) {
+        pixels[i] = uint32_t(codes[0][i]) | uint32_t(codes[1][i]) << 8 | uint32_t(codes[2][i]) << 16 |
+                    uint32_t(codes[3][i]) << 24;
+    }
+    std::memcpy(to + x * kBlock, pixels, sizeof pixels);
+}
+
+template <int count>
+OBC_INLINE void separate_some(const uint8_t* from, int64_t x, uint8_t* const rows[kBlock]) {
+    uint32_t pixels[count];
+    std::memcpy(pixels, from + x * kBlock, sizeof pixels);
+    for (int lane = 0; lane < kBlock; ++lane) {
+        if (!rows[lane]) continue;
+        uint8_t codes[count];
+        for (int i = 0; i < count; ++i) codes[i] = uint8_t(pixels[i] >> (8 * lane));
+        std::memcpy(rows[lane] + x, codes, count);
     }
 }
 
+inline void interleave(const uint8_t* const rows[kBlock], int64_t pixels, uint8_t* to) {
+    int64_t x = 0;
+    for (; x + kTilePixels <= pixels; x += kTilePixels) interleave_some<kTilePixels>(rows, x, to);
+    for (; x + 4 <= pixels; x += 4) interleave_some<4>(rows, x, to);
+    for (; x < pixels; ++x) interleave_some<1>(rows, x, to);
+}
+
 inline void separate(const uint8_t* from, int64_t pixels, uint8_t* const rows[kBlock]) {
-    for (int lane = 0; lane < kBlock; ++lane) {
-        uint8_t* row = rows[lane];
-        if (!row) continue;
-        for (int64_t x = 0; x < pixels; ++x) row[x] = from[kBlock * x + lane];
-    }
+    int64_t x = 0;
+    for (; x + kTilePixels <= pixels; x += kTilePixels) separate_some<kTilePixels>(from, x, rows);
+    for (; x + 4 <= pixels; x += 4) separate_some<4>(from, x, rows);
+    for (; x < pixels; ++x) separate_some<1>(from, x, rows);
 }
 
 // Pairs of pixels as one number each: the even ones are low halves, and seen from the pixel before

@@ -1,20 +1,20 @@
 // Linear layers over block-sparse weights.
 
-// One row: kRun blocks at a time, each in a lane of its own.
-inline void linear_row(const LinearBlocks& weights, const uint8_t* row, int64_t outputs,
-                       int32_t* sums) {
-    static_assert(kRun % Dot::kLanes == 0, "a run is whole vectors");
-    for (int64_t o = 0; o < outputs; ++o) {
-        typename Dot::Vector sum = Dot::zero();
-        for (int64_t i = weights.start[o]; i < weights.end[o]; i += Dot::kLanes) {
-            sum = Dot::add(sum, Dot::gather(row, weights.index + i),
-                           Dot::load(weights.values + i * kBlock));
+// One row, kSlice outputs at a time, each in a lane of its own: no sum over lanes is left to do.
+inline void linear_row(const LinearSlices& weights, const uint8_t* row, int64_t slices, int32_t* sums) {
+    constexpr int vectors = kSlice / Dot::kLanes;
+    static_assert(kSlice % Dot::kLanes == 0, "a slice is whole vectors");
+    for (int64_t s = 0; s < slices; ++s, sums += kSlice) {
+        typename Dot::Vector sum[vectors];
+        for (int v = 0; v < vectors; ++v) sum[v] = Dot::zero();
+        for (int64_t place = weights.start[s]; place < weights.start[s + 1]; ++place) {
+            for (int v = 0; v < vectors; ++v) {
+                const int64_t at = place * kSlice + v * Dot::kLanes;
+                sum[v] = Dot::add(sum[v], Dot::gather(row, weights.index + at),
+                                  Dot::load(weights.values + at * kBlock));
+            }
         }
-        int32_t lanes[Dot::kLanes];
-        Dot::store(lanes, sum);
-        int32_t total = 0;
-        for (int lane = 0; lane < Dot::kLanes; ++lane) total += lanes[lane];
-        sums[o] = total;
+        for (int v = 0; v < vectors; ++v) Dot::store(sums + v * Dot::kLanes, sum[v]);
     }
 }
 
@@ -24,7 +24,7 @@ OBC_INLINE void linear_some_tokens(const LinearBlocks& weights, const uint8_t* r
                                    int32_t* sums) {
     typename Dot::Vector sum[vectors];
     for (int v = 0; v < vectors; ++v) sum[v] = Dot::zero();
-    for (int64_t i = weights.start[output]; i < weights.end[output]; ++i) {
+    for (int64_t i = weights.start[output]; i < weights.start[output + 1]; ++i) {
         const typename Dot::Vector four = Dot::spread(weights.values + i * kBlock);
         const uint8_t* codes = rows + int64_t(weights.index[i]) * kTokens * kBlock;
         for (int v = 0; v < vectors; ++v) {

@@ -17,8 +17,9 @@
 #include "float_products.hpp"
 
 constexpr InstructionSet instruction_set(const char* name, const ConvolutionKernels& convolution) {
-    return {name,        &convolution, quantize,       dequantize,    interleave,
-            separate,    add,          keep_larger,    add_codes,     sum_pixels,
-            take_pixels, depthwise,    linear_row,     linear_tokens, requantize,
-            scale_sums,  float_dot,    float_products, kFloats};
+    return {name,       &convolution, quantize,        dequantize,          interleave,
+            separate,   add,          larger_of_fours, keep_larger,         add_codes,
+            sum_pixels, take_pixels,  depthwise,       linear_row,          linear_tokens,
+            requantize, scale_sums,   requantize_channels, scale_channels,  float_dot,
+            float_products, kFloats};
 }

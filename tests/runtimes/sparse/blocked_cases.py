@@ -18,7 +18,10 @@ THREADS = st.sampled_from([1, 2, 3])
 BORDERS = st.integers(0, 3)
 CODES = st.integers(0, 255)
 CHANNELS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 12, 17, 32])
-SIZES = st.sampled_from([1, 2, 3, 7, 8, 14, 17, 33])
+SIZES = st.sampled_from([1, 2, 3, 4, 6, 7, 8, 14, 17, 33])
+
+SMALL = st.sampled_from([1, 2, 4, 6, 8])
+"""Sides of planes whose rows are neighbours four at a time, or are not."""
 
 
 def scales(least: float) -> st.SearchStrategy[float]:

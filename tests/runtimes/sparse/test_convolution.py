@@ -14,7 +14,9 @@ from blocked_cases import (
     IMAGES,
     QUICK,
     SCALES,
+    SEEDS,
     SETS,
+    SMALL,
     THREADS,
     Image,
     from_blocks,
@@ -160,6 +162,30 @@ def test_residual_and_bounds_equal_the_separate_operators(
 ):  # fmt: skip
     where = data.draw(windows(border, equal_strides=True))
     assume(where.fits(image))
+    check_residual(
+        where, image, outputs, border, residual_border, how, residual_scale, residual_zero,
+        scale, zero, bounds, instructions, threads,
+    )  # fmt: skip
+
+
+@QUICK
+@given(
+    st.builds(Image, st.integers(1, 3), CHANNELS, SMALL, SMALL, SEEDS), CHANNELS,
+    st.integers(1, 2), st.sampled_from([0, 1]), QUANTIZED, SETS,
+)  # fmt: skip
+def test_planes_smaller_than_a_vector_equal_the_separate_operators(
+    image, outputs, border, residual_border, how, instructions
+):
+    check_residual(
+        Windows((3, 3), (1, 1), (1, 1, 1, 1)), image, outputs, border, residual_border, how,
+        0.02, 9, 0.03, 2, (2, 250), instructions, 1,
+    )  # fmt: skip
+
+
+def check_residual(
+    where, image, outputs, border, residual_border, how, residual_scale, residual_zero,
+    scale, zero, bounds, instructions, threads,
+):  # fmt: skip
     random = image.random()
     weight = block_sparse(random, outputs, image.channels, *where.kernel, 0.4)
     weight_scale, bias = how.weight_scale(random, outputs), how.bias(random, outputs)
