@@ -153,6 +153,14 @@ class Run {
         });
     }
 
+    // Calls body(0) to body(total - 1), as many in a row as are worth a call.
+    template <class Body>
+    void parallel_planes(int64_t total, int64_t bytes, const Body& body) const {
+        parallel_ranges(total, bytes, [&](int64_t first, int64_t last) {
+            for (int64_t plane = first; plane < last; ++plane) body(plane);
+        });
+    }
+
   private:
     static constexpr int64_t kRangeBytes = 16 * 1024;
 

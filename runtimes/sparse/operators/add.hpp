@@ -53,14 +53,18 @@ class Add {
         const Tensor &first = run.input(0), &second = run.input(1);
         const BlockedShape a = options_.input(first.shape, 0), b = options_.input(second.shape, 1);
         const BlockedShape y = options_.output(first.shape, second.shape);
-        run.parallel(y.images * y.blocks(), [&](int64_t plane) {
+        // Rows that lie at the same places everywhere are added with what is between them.
+        const bool aligned = a.border == y.border && b.border == y.border;
+        const int64_t rows = aligned ? 1 : y.height;
+        const int64_t bytes = aligned ? y.plane_bytes() - 2 * y.offset(0, 0) : y.width * kBlock;
+        run.parallel_planes(y.images * y.blocks(), y.plane_bytes(), [&](int64_t plane) {
+            for (int64_t row = 0; row < rows; ++row) {
+                set_.add(pixel(first, a, plane, row), options_.input_grids[0],
+                         pixel(second, b, plane, row), options_.input_grids[1], bytes, options_.grid,
+                         writable_pixel(output, y, plane, row));
+            }
             fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y,
                         options_.grid.grid.zero_point);
-            for (int64_t row = 0; row < y.height; ++row) {
-                set_.add(pixel(first, a, plane, row), options_.input_grids[0],
-                         pixel(second, b, plane, row), options_.input_grids[1], y.width * kBlock,
-                         options_.grid, writable_pixel(output, y, plane, row));
-            }
             fill_spare_lanes(writable_pixel(output, y, plane), y, plane % y.blocks(),
                              options_.grid.grid.zero_point);
         });

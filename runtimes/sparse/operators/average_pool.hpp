@@ -28,7 +28,7 @@ class AveragePool {
     void run(const Run& run, const Tensor& output) const {
         const BlockedShape x = options_.input(run.input(0).shape), y = options_.output(x);
         const Windows& windows = options_.windows;
-        run.parallel(y.images * y.blocks(), [&](int64_t plane) {
+        run.parallel_planes(y.images * y.blocks(), y.plane_bytes(), [&](int64_t plane) {
             const ScratchPool::Piece scratch =
                 scratch_.borrow(size_t(x.width * kBlock) * sizeof(int32_t));
             int32_t* columns = scratch.as<int32_t>();

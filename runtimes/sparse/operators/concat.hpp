@@ -68,7 +68,7 @@ class Concat {
         std::vector<BlockedShape> inputs;
         for (size_t i = 0; i < shapes.size(); ++i) inputs.push_back(options_.input(shapes, i));
         const BlockedShape y = options_.output(shapes);
-        run.parallel(y.images * y.blocks(), [&](int64_t plane) {
+        run.parallel_planes(y.images * y.blocks(), y.plane_bytes(), [&](int64_t plane) {
             const int64_t image = plane / y.blocks(), block = plane % y.blocks();
             fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y,
                         options_.grid.grid.zero_point);

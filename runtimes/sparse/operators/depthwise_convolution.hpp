@@ -81,7 +81,7 @@ class DepthwiseConvolution {
         const BlockedShape x = options_.input(run.input(0).shape), y = options_.output(x, windows_);
         const Parted parted(windows_, x, y);
         const int64_t taps = windows_.height * windows_.width;
-        run.parallel(y.images * y.blocks(), [&](int64_t plane) {
+        run.parallel_planes(y.images * y.blocks(), y.plane_bytes(), [&](int64_t plane) {
             const ScratchPool::Piece tap_inputs = scratch_.borrow(size_t(taps) * sizeof(uint8_t*));
             const ScratchPool::Piece copies = scratch_.borrow(size_t(parted.bytes()));
             const ScratchPool::Piece codes = scratch_.borrow(size_t(parted.pixels * kBlock));

@@ -38,20 +38,16 @@ class FromBlocks {
         const int64_t area = shape.height * shape.width;
         // Without a border a plane's pixels are one row.
         const int64_t width = shape.border ? shape.width : area;
-        run.parallel_ranges(shape.images * shape.blocks(), shape.plane_bytes(),
-                            [&](int64_t begin, int64_t end) {
-            for (int64_t plane = begin; plane < end; ++plane) {
-                const int64_t image = plane / shape.blocks(), block = plane % shape.blocks();
-                uint8_t* first =
-                    output.write<uint8_t>() + (image * shape.channels + block * kBlock) * area;
-                for (int64_t y = 0; y * width < area; ++y) {
-                    uint8_t* rows[kBlock] = {};
-                    for (int64_t lane = 0; lane < kBlock && block * kBlock + lane < shape.channels;
-                         ++lane) {
-                        rows[lane] = first + lane * area + y * width;
-                    }
-                    set_.separate(pixel(run.input(0), shape, plane, y), width, rows);
+        run.parallel_planes(shape.images * shape.blocks(), shape.plane_bytes(), [&](int64_t plane) {
+            const int64_t image = plane / shape.blocks(), block = plane % shape.blocks();
+            uint8_t* first = output.write<uint8_t>() + (image * shape.channels + block * kBlock) * area;
+            for (int64_t y = 0; y * width < area; ++y) {
+                uint8_t* rows[kBlock] = {};
+                for (int64_t lane = 0; lane < kBlock && block * kBlock + lane < shape.channels;
+                     ++lane) {
+                    rows[lane] = first + lane * area + y * width;
                 }
+                set_.separate(pixel(run.input(0), shape, plane, y), width, rows);
             }
         });
     }

@@ -41,7 +41,7 @@ class GlobalAveragePool {
         const int64_t pixels = x.height * x.width;
         const float multiplier = options_.input_grid.scale / (options_.grid.grid.scale * float(pixels));
         const int32_t bias = int32_t(-pixels * options_.input_grid.zero_point);
-        run.parallel(y.images * y.blocks(), [&](int64_t plane) {
+        run.parallel_planes(y.images * y.blocks(), x.plane_bytes(), [&](int64_t plane) {
             fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y,
                         options_.grid.grid.zero_point);
             int32_t sums[kBlock] = {};
