@@ -5,8 +5,8 @@ Nanoseconds on one thread, as sums of counts times constants. The constants are 
 2.5 GHz (Cascade Lake, AVX512-VNNI) with ONNX Runtime 1.31: 24 convolutions of ResNets, VGG and
 MobileNet at 0 to 90 % zero blocks, 10 depthwise ones, 9 planes and 5 fully connected layers; in
 float the same convolutions at 50 to 95 % zeros, and the fully connected layers at 1, 16 and 128
-rows. In the geometric mean a fit is off by a factor of 1.17 for ONNX Runtime's convolutions, 1.16
-for ours, 1.04 to 1.5 for the rest; in float by 1.23 and 1.26 for convolutions, 1.08 to 1.88 for
+rows. In the geometric mean a fit is off by a factor of 1.19 for ONNX Runtime's convolutions, 1.18
+for ours, 1.04 to 1.7 for the rest; in float by 1.23 and 1.26 for convolutions, 1.08 to 1.88 for
 fully connected layers. Another processor's times differ more than the ratios that decide.
 """
 
@@ -64,41 +64,41 @@ plain loop, forty times slower (NchwMaxPool).
 
 _NANOSECONDS: Mapping[str, Mapping[str, float]] = {
     "QLinearConv": {
-        "call": 10900,
-        "multiplications": 0.00404,
-        "results": 0.277,
-        "columns": 0.0483,
-        "odd_columns": 1.56,
-        "weights": 0.0418,
+        "call": 9800,
+        "multiplications": 0.00357,
+        "results": 0.262,
+        "columns": 0.0807,
+        "odd_columns": 1.03,
+        "weights": 0.0433,
     },
     "SparseConvolution": {
-        "call": 9290,
-        "block_pixels": 0.0284,
-        "blocks": 0.904,
-        "results": 0.31,
-        "channels_in": 0.208,
-        "residuals": 0.545,
+        "call": 10200,
+        "block_pixels": 0.0271,
+        "blocks": 0.675,
+        "results": 0.269,
+        "channels_in": 0.0694,
+        "residuals": 0.475,
     },
-    "QuantizeLinear": {"call": 7100, "elements": 0.425},
-    "QuantizeToBlocks": {"call": 4330, "lanes": 0.602, "lines": 122},
-    "DequantizeLinear": {"call": 5750, "elements": 0.405},
-    "DequantizeFromBlocks": {"call": 4410, "lanes": 0.571, "lines": 85.2},
-    "QLinearConv depthwise": {"call": 8670, "taps": 0.0956},
-    "DepthwiseConvolution": {"call": 4070, "lane_taps": 0.0708, "line_taps": 9.71},
-    "Transpose": {"call": 4170, "elements": 0.154},
-    "QLinearAdd": {"call": 7590, "elements": 0.238},
-    "Add": {"lanes": 0.374, "lines": 85.7},
-    "QLinearConcat": {"call": 5970, "elements": 0.114},
-    "Concat": {"call": 6590, "lanes": 0.163, "lines": 4.11},
-    "NchwMaxPool": {"call": 12500, "taps": 6.46},
-    "NhwcMaxPool": {"call": 6350, "taps": 0.148},
-    "MaxPool": {"call": 6860, "lane_taps": 0.084, "line_taps": 19},
-    "QLinearAveragePool": {"call": 7400, "taps": 5.52},
-    "AveragePool": {"call": 4060, "lane_taps": 1.42, "line_taps": 15.4},
-    "QLinearGlobalAveragePool": {"call": 6770, "elements": 0.124},
-    "GlobalAveragePool": {"call": 5640, "lanes": 0.0388, "lines": 11.6},
-    "FromBlocks": {"call": 6160, "lanes": 0.147, "lines": 37.3},
-    "ToBlocks": {"call": 4190, "lanes": 0.129, "lines": 41.3},
+    "QuantizeLinear": {"call": 7510, "elements": 0.328},
+    "QuantizeToBlocks": {"call": 10900, "lanes": 0.358, "lines": 30.4},
+    "DequantizeLinear": {"call": 6150, "elements": 0.292},
+    "DequantizeFromBlocks": {"call": 3210, "lanes": 0.295, "lines": 71},
+    "QLinearConv depthwise": {"call": 8840, "taps": 0.0864},
+    "DepthwiseConvolution": {"call": 5240, "lane_taps": 0.0607, "line_taps": 8.95},
+    "Transpose": {"call": 4150, "elements": 0.134},
+    "QLinearAdd": {"call": 7290, "elements": 0.285},
+    "Add": {"call": 6110, "lanes": 0.493, "lines": 5.5},
+    "QLinearConcat": {"call": 5930, "elements": 0.0903},
+    "Concat": {"call": 7190, "lanes": 0.148, "lines": 1.85},
+    "NchwMaxPool": {"call": 17800, "taps": 6.63},
+    "NhwcMaxPool": {"call": 6390, "taps": 0.113},
+    "MaxPool": {"call": 5780, "lane_taps": 0.072, "line_taps": 5.86},
+    "QLinearAveragePool": {"call": 13300, "taps": 4.65},
+    "AveragePool": {"call": 3340, "lane_taps": 1.44, "line_taps": 19.2},
+    "QLinearGlobalAveragePool": {"call": 6470, "elements": 0.119},
+    "GlobalAveragePool": {"call": 5910, "lanes": 0.0461, "lines": 9.09},
+    "FromBlocks": {"call": 5340, "lanes": 0.141, "lines": 3.02},
+    "ToBlocks": {"call": 5120, "lanes": 0.145, "lines": 0.835},
     "Conv": {
         "call": 4360,
         "multiplications": 0.0204,
@@ -121,8 +121,8 @@ _NANOSECONDS: Mapping[str, Mapping[str, float]] = {
         "results": 0.347,
         "columns": 1.97,
     },
-    "QGemm": {"call": 7460, "multiplications": 0.0743},
-    "SparseLinearDequantize": {"call": 9790, "block_pixels": 1.09, "results": 38.8},
+    "QGemm": {"call": 6080, "multiplications": 0.0579},
+    "SparseLinearDequantize": {"call": 7910, "block_pixels": 0.905, "results": 16},
 }
 
 
