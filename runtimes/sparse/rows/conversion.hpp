@@ -40,6 +40,7 @@ OBC_INLINE void separate_some(const uint8_t* from, int64_t x, uint8_t* const row
 inline void interleave(const uint8_t* const rows[kBlock], int64_t pixels, uint8_t* to) {
     int64_t x = 0;
     for (; x + kTilePixels <= pixels; x += kTilePixels) interleave_some<kTilePixels>(rows, x, to);
+    for (; x + 8 <= pixels; x += 8) interleave_some<8>(rows, x, to);
     for (; x + 4 <= pixels; x += 4) interleave_some<4>(rows, x, to);
     for (; x < pixels; ++x) interleave_some<1>(rows, x, to);
 }
@@ -47,6 +48,7 @@ inline void interleave(const uint8_t* const rows[kBlock], int64_t pixels, uint8_
 inline void separate(const uint8_t* from, int64_t pixels, uint8_t* const rows[kBlock]) {
     int64_t x = 0;
     for (; x + kTilePixels <= pixels; x += kTilePixels) separate_some<kTilePixels>(from, x, rows);
+    for (; x + 8 <= pixels; x += 8) separate_some<8>(from, x, rows);
     for (; x + 4 <= pixels; x += 4) separate_some<4>(from, x, rows);
     for (; x < pixels; ++x) separate_some<1>(from, x, rows);
 }
