@@ -62,7 +62,7 @@ class Layerwise:
         network = calibrated.network.branch()
         shared = self.target is not None and self.target.one_weight_step
         if active and needs_hessian(self.method):
-            self._announce(active)
+            self._announce(active, shared_step=shared)
         if self.sequential:
             forms, statistics = self._in_order(network, dense, active, quantize=not shared)
         else:
@@ -100,15 +100,15 @@ class Layerwise:
             reestimated,
         )
 
-    def _announce(self, active: Sequence[Layer]) -> None:
+    def _announce(self, active: Sequence[Layer], *, shared_step: bool) -> None:
         """Say how long the solver will take, where that is worth saying."""
         shapes = []
         for layer in active:
             scheme = self.schemes[layer.name]
             pattern = Scheme(scheme.pattern, None)
             pruned = self._key(layer, pattern) in self.calibrated.pruned
-            if scheme.pattern is not None and scheme.weight_bits >= 8:
-                # Rounding will do (`ROUNDING_FACTOR`, `ROUNDING_ERROR`).
+            if scheme.pattern is not None and scheme.weight_bits >= 8 and not shared_step:
+                # Rounding will do (`ROUNDING_FACTOR`, `ROUNDING_ERROR`), but in one step for all rows.
                 if pruned:
                     continue
                 scheme = pattern
