@@ -108,7 +108,8 @@ class Layerwise:
             pattern = Scheme(scheme.pattern, None)
             pruned = self._key(layer, pattern) in self.calibrated.pruned
             if scheme.pattern is not None and scheme.weight_bits >= 8 and not shared_step:
-                # Rounding will do (`ROUNDING_FACTOR`, `ROUNDING_ERROR`), but in one step for all rows.
+                # Rounding will do (`ROUNDING_FACTOR`, `ROUNDING_ERROR`); in one step for all rows
+                # it rarely does.
                 if pruned:
                     continue
                 scheme = pattern

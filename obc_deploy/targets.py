@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from obc_deploy.errors import TargetError
@@ -99,6 +100,7 @@ class Target:
         summary: one line for help texts.
         sparse_operators: layers with zeros become operators of our own library
             (`obc_deploy.runtimes.sparse`), which the runtime loads beside the file.
+        fuses_alike: neighbouring layers run as one where all or none of them skip zeros.
         precision: what computes where nothing is quantized.
         measured: there are sessions and measurements of it here; else its files are only written
             and checked.
@@ -116,6 +118,7 @@ class Target:
     sparse_from: Mapping[type, float]
     summary: str
     sparse_operators: bool = False
+    fuses_alike: bool = False
     precision: Precision = Precision.FLOAT32
     measured: bool = True
 
@@ -168,8 +171,12 @@ DEEPSPARSE = Target(
     linear_as_convolution=True,
     sparse_from={Block4: 0.8, Unstructured: 0.85},
     summary="DeepSparse on the CPU, integer operators; zeros are skipped (needs 80 % or more)",
+    fuses_alike=True,
 )
 
+_UNAVOIDABLE_CHANGES = 3
+"""Changes between dense and sparse layers that are not worth a word: the first and the last layer
+keep their weights as a rule, and one layer in between may."""
 FLOAT_SPARSE_FROM = 0.85
 """Zeros from which our float kernels are faster than ONNX Runtime's dense ones, at usual shapes."""
 
@@ -333,6 +340,16 @@ def _sparse_operators_obstacle(target: Target, scheme: Scheme) -> str | None:
     return None
 
 
+def _changes(target: Target, layers: Sequence[Layer], schemes: Mapping[str, Scheme]) -> int:
+    """How often, in network order, a layer with zeros follows one without, or the reverse."""
+    if not target.fuses_alike:
+        return 0
+    sparse = [
+        type(schemes.get(layer.name, Scheme()).pattern) in target.sparse_from for layer in layers
+    ]
+    return sum(before != after for before, after in pairwise(sparse))
+
+
 def preflight(
     target: Target,
     layers: Sequence[Layer],
@@ -374,6 +391,14 @@ def preflight(
     for reason, names in reasons.items():
         few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"{reason} ({few})")
+    changes = _changes(target, layers, schemes)
+    if changes > _UNAVOIDABLE_CHANGES:
+        lines.append(
+            f"dense and sparse layers take turns ({changes} changes in network order): "
+            f"{target.runtime} fuses neighbours that are alike, and each change took it 25 to 50 "
+            "us on a CIFAR-10 ResNet-20, which latency tables do not foresee; measure before it "
+            "ships, or prune neighbours alike"
+        )
     if quantized and vnni is False and target.measured:
         lines.append("this CPU has no VNNI: int8 may be no faster than float here")
     return lines
