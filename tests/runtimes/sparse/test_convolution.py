@@ -25,7 +25,7 @@ from blocked_cases import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from sparse_models import INT8, UINT8, Graph, block_sparse, blocks_of
+from sparse_models import INT8, UINT8, Graph, block_sparse, blocks_of, instruction_sets
 
 from obc_deploy.runtimes import sparse
 
@@ -163,29 +163,43 @@ def test_residual_and_bounds_equal_the_separate_operators(
     where = data.draw(windows(border, equal_strides=True))
     assume(where.fits(image))
     check_residual(
-        where, image, outputs, border, residual_border, how, residual_scale, residual_zero,
-        scale, zero, bounds, instructions, threads,
+        where, image, outputs, (border, border, residual_border), how, residual_scale,
+        residual_zero, scale, zero, bounds, instructions, threads,
     )  # fmt: skip
 
 
 @QUICK
 @given(
     st.builds(Image, st.integers(1, 3), CHANNELS, SMALL, SMALL, SEEDS), CHANNELS,
-    st.integers(1, 2), st.sampled_from([0, 1]), QUANTIZED, SETS,
+    st.tuples(st.integers(1, 2), st.integers(0, 1), st.integers(0, 1)), QUANTIZED, SETS,
 )  # fmt: skip
 def test_planes_smaller_than_a_vector_equal_the_separate_operators(
-    image, outputs, border, residual_border, how, instructions
+    image, outputs, borders, how, instructions
 ):
     check_residual(
-        Windows((3, 3), (1, 1), (1, 1, 1, 1)), image, outputs, border, residual_border, how,
+        Windows((3, 3), (1, 1), (1, 1, 1, 1)), image, outputs, borders, how,
+        0.02, 9, 0.03, 2, (2, 250), instructions, 1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("borders", [(1, 0, 1), (1, 1, 0), (1, 0, 0), (2, 1, 1)])
+@pytest.mark.parametrize("size", [(8, 2), (4, 4), (2, 8), (2, 2), (16, 1)])
+@pytest.mark.parametrize("instructions", instruction_sets() or ["portable"])
+def test_neighbours_of_one_tensor_may_lie_apart_in_another(size, borders, instructions):
+    # Where rows of two pixels follow each other without a border, four pixels lie side by side.
+    how = Quantized(0.03, 3, 0.05, 7, one_weight_scale=True, with_bias=True)
+    check_residual(
+        Windows((3, 3), (1, 1), (1, 1, 1, 1)), Image(1, 12, *size, 0), 8, borders, how,
         0.02, 9, 0.03, 2, (2, 250), instructions, 1,
     )  # fmt: skip
 
 
 def check_residual(
-    where, image, outputs, border, residual_border, how, residual_scale, residual_zero,
-    scale, zero, bounds, instructions, threads,
+    where, image, outputs, borders, how, residual_scale, residual_zero, scale, zero, bounds,
+    instructions, threads,
 ):  # fmt: skip
+    """Against QLinearConv, Add and Clip; borders of the input, the output and the residual."""
+    border, out_border, residual_border = borders
     random = image.random()
     weight = block_sparse(random, outputs, image.channels, *where.kernel, 0.4)
     weight_scale, bias = how.weight_scale(random, outputs), how.bias(random, outputs)
@@ -218,7 +232,7 @@ def check_residual(
     graph.input("residual", feeds["residual"])
     found = sparse_convolution(
         graph, "blocked", weight, weight_scale, bias, "residual", **where.attributes(),
-        input_border=border, border=border, residual_border=residual_border,
+        input_border=border, border=out_border, residual_border=residual_border,
         input_scale=how.input_scale, input_zero_point=how.input_zero_point,
         convolution_scale=how.output_scale, convolution_zero_point=how.output_zero_point,
         residual_scale=residual_scale, residual_zero_point=residual_zero,
@@ -226,7 +240,7 @@ def check_residual(
     )  # fmt: skip
     with sparse.use_instruction_set(instructions):
         wanted, made = graph.run(feeds, {expected: UINT8, found: UINT8}, threads, optimize=False)
-    np.testing.assert_array_equal(from_blocks(made, outputs, border, zero), wanted)
+    np.testing.assert_array_equal(from_blocks(made, outputs, out_border, zero), wanted)
 
 
 @QUICK
