@@ -39,14 +39,16 @@ class Record:
         """Write `<name>.json`, this record and the results, and `<name>.md`; print the latter.
 
         Args:
-            folder: where to; must be there.
+            folder: where to; made if need be.
             name: of both files.
             results: JSON-ready values.
             text: the same for readers, in Markdown.
 
         Raises:
+            OSError: the folder cannot be made.
             RunDirectoryError: the JSON file cannot be written.
         """
+        folder.mkdir(parents=True, exist_ok=True)
         described = {
             "command": self.command,
             "created": self.created,

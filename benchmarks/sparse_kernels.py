@@ -28,7 +28,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,9 @@ from obc_deploy.benchmarks.sparse_layer_costs import (
 from obc_deploy.errors import MeasurementError, ObcDeployError
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.runtimes import sparse
+
+if TYPE_CHECKING:
+    from obc_deploy.runtimes.session import Session
 
 ZEROS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 CHECKED = 0.8
@@ -317,12 +320,11 @@ def measure(
                 for _ in range(inferences):
                     session.run(x)
             rates.append(products_a_microsecond())
-            for zeros, session in others.items():
-                profile = session.profile(floats, iterations=PROFILED)
-                ms = max(
-                    step.ms for step in profile.layers if step.native and _convolves(step.kind)
-                )
-                profiles.setdefault(zeros, []).append(1e3 * ms)
+            for zeros, other in others.items():
+                steps = other.profile(floats, iterations=PROFILED)
+                convolving = [step.ms for step in steps if step.native and _convolves(step.kind)]
+                if convolving:
+                    profiles.setdefault(zeros, []).append(1e3 * max(convolving))
         dense_turns = _turns(dense.microseconds()[1:], turns, inferences)
         rows = []
         for zeros, session in ours.items():
@@ -337,7 +339,7 @@ def measure(
 
 def _deepsparse_sessions(
     layers: Mapping[float, Layer], batch: int, threads: int, folder: Path, stack: ExitStack
-) -> dict[float, Any]:
+) -> dict[float, Session]:
     from obc_deploy.runtimes.session import open_session
 
     found = {}
