@@ -118,7 +118,6 @@ def main(arguments: list[str] | None = None) -> int:
         f"speedups over dense fp32 in the same runtime and run.\n\n{curve_table(curve)}\n"
         f"{error_text}"
     )
-    plot_curve(options.output / f"{name}.svg", curve)
     record.write(
         options.output, name,
         {
@@ -132,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         text,
     )  # fmt: skip
+    plot_curve(options.output / f"{name}.svg", curve)
     return 0
 
 

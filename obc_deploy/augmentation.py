@@ -9,18 +9,14 @@ passes fill it, as the paper does with ten of them over ImageNet's (OBC, arXiv 2
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from obc_deploy.data import Samples
+from obc_deploy.data import Array, Samples
 from obc_deploy.errors import CalibrationError
 
 LARGEST_SHIFT = 1 / 8
 """Pixels that an image moves by at most, as a share of its side: 4 of CIFAR's 32."""
-
-Array = npt.NDArray[Any]
 
 
 def augmented(samples: Samples, passes: int, *, seed: int = 0) -> Samples:

@@ -25,6 +25,8 @@ UNSTRUCTURED_LEVELS = 45
 """Levels of single weights: the last has 99.13 % zeros."""
 BLOCK4_LEVELS = 30
 """The paper's levels of blocks of four: the last has 95.76 % zeros."""
+LAST_BLOCK4_LEVEL = 44
+"""Up to here every second level goes on: 99.03 % zeros."""
 
 _DIGITS = 4
 """Decimals of a sparsity; enough to tell all levels apart."""
@@ -47,11 +49,12 @@ def sparsity_grid(levels: int) -> tuple[float, ...]:
 
 
 def block4_sparsities() -> tuple[float, ...]:
-    """The paper's levels of blocks, then every second one up to 99.03 %.
+    """The paper's levels of blocks, then every second one up to LAST_BLOCK4_LEVEL.
 
     Wide layers of an easy task bear more zeros than 95 %: a CIFAR-10 VGG's last ones do.
     """
-    return (*sparsity_grid(BLOCK4_LEVELS), *sparsity_grid(44)[BLOCK4_LEVELS + 1 :: 2])
+    grid = sparsity_grid(LAST_BLOCK4_LEVEL)
+    return (*grid[:BLOCK4_LEVELS], *grid[BLOCK4_LEVELS + 1 :: 2])
 
 
 def levels_for(target: Target | str | None, channels: int, cols: int) -> tuple[Scheme, ...]:

@@ -76,7 +76,7 @@ class DequantizeFromBlocks {
         constexpr int64_t kStretch = 256;  // pixels at a time
         const BlockedShape shape = options_.blocked(run.input(0).shape);
         const int64_t area = shape.height * shape.width;
-        run.parallel(shape.images * shape.blocks(), [&](int64_t plane) {
+        run.parallel_planes(shape.images * shape.blocks(), shape.plane_bytes(), [&](int64_t plane) {
             const int64_t image = plane / shape.blocks(), block = plane % shape.blocks();
             float* first = output.write<float>() + (image * shape.channels + block * kBlock) * area;
             const int64_t used = std::min<int64_t>(kBlock, shape.channels - block * kBlock);
