@@ -114,7 +114,3 @@ static void unpack_subtiles(const Subtiles& subtiles, int64_t offset, int64_t ro
         }
     }
 }
-
-static OBC_INLINE void fill_border(uint8_t* to, int64_t pixels, uint32_t code) {
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) __builtin_memcpy(to + pixel * kBlock, &code, kBlock);
-}

@@ -187,10 +187,9 @@ static void write_codes(const ConvolutionPlan& plan, const BlockedTensors& tenso
         unpack_subtiles(place.subtiles, offset, plan.output_.row_bytes(), shape.rows, shape.columns,
                         scratch.pixels);
     }
-    const uint32_t zero_point = 0x01010101u * static_cast<uint32_t>(plan.zero_point_);
     for (int64_t r = 0; r < place.border_runs; ++r) {
         const BorderRun& run = scratch.border_runs[r];
-        fill_border(tensors.output + offset + run.output, run.pixels, zero_point);
+        fill_pixels(tensors.output + offset + run.output, run.pixels, plan.zero_point_);
     }
 }
 
