@@ -13,6 +13,9 @@ sparse kernel may add the shortcut itself, where a dense one leaves it to anothe
 runs before the first layer is the fixed part, the median over all networks. A step that computes
 several layers is shared out among them by their multiply-accumulates. Of a grid of sparsities a
 dozen are timed (`timed_levels`), the others lie between.
+
+Where a target fuses neighbours that are alike, networks whose dense and sparse layers take turns
+are timed too (`mixed_networks`): what they take beyond the sum is what changes cost.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import numpy.typing as npt
 
 from obc_deploy.artifacts import Artifact
 from obc_deploy.benchmarks.interleaving import Candidate, measure_interleaved
+from obc_deploy.benchmarks.mixed_networks import cost_of_a_change, mixed_networks
 from obc_deploy.benchmarks.pruned_copies import pruned_copy
 from obc_deploy.benchmarks.statistics import flatten, speedup
 from obc_deploy.benchmarks.timed_levels import between, timed_levels
@@ -86,11 +90,19 @@ class LatencySettings:
 
 
 @dataclass(frozen=True)
-class _Uniform:
-    """One network to time: as uniform as its layers' levels allow."""
+class _Wanted:
+    """One network to time: uniform, as far as its layers' levels allow, or mixed."""
 
-    scheme: Scheme
+    name: str
     schemes: Mapping[str, Scheme]
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One network to time, as a file; names of layers to the values that they compute in it."""
+
+    wanted: _Wanted
     path: Path
     outputs: Mapping[str, str]
 
@@ -177,25 +189,26 @@ def measure_table(
         dense = compress(few, scheme=DENSE, method="rtn", baselines=False)
         anchor = _export(dense, target, Path(folder) / "dense" / "model.onnx", settings)
         inputs = _inputs(dense, settings.batch_size)
-        uniform = list(_uniform_networks(few, target, levels, Path(folder), settings, say))
-        dense_ms, ratios = _timed(anchor, uniform, target, inputs, settings, say)
+        wanted = _wanted(levels, target)
+        written = list(_written(few, target, wanted, Path(folder), settings, say))
+        dense_ms, ratios = _timed(anchor, written, target, inputs, settings, say)
         rows: dict[str, dict[Scheme, list[float]]] = {name: {} for name in levels}
         networks, fixed = [], []
+        timed = [network for network in written if network.path in ratios]
+        uniform = [network for network in timed if not network.wanted.mixed]
         for index, network in enumerate(uniform):
             say("profiling networks", index / len(uniform))
-            if network.path not in ratios:
-                continue
             whole = dense_ms * ratios[network.path]
             shares = _shares(calibrated, network, target, inputs, settings)
             for name, share in shares.items():
-                scheme = network.schemes[name]
+                scheme = network.wanted.schemes[name]
                 rows[name].setdefault(scheme, []).append(share * whole)
             layers_ms = whole * math.fsum(shares.values())
             fixed.append(whole - layers_ms)
-            networks.append(TimedNetwork(scheme=str(network.scheme), ms=whole, layers_ms=layers_ms))
+            networks.append(TimedNetwork(scheme=network.wanted.name, ms=whole, layers_ms=layers_ms))
     if not networks:
         raise LatencyError(f"no network could be timed in {info.title}; try 'obc-deploy doctor'")
-    return LatencyTable(
+    table = LatencyTable(
         target=target.name,
         runtime=target.runtime,
         runtime_version=info.version or "",
@@ -218,32 +231,66 @@ def measure_table(
         created=now(),
         command=command_line(),
     )
+    mixed = [
+        TimedNetwork(
+            scheme=network.wanted.name,
+            ms=dense_ms * ratios[network.path],
+            layers_ms=table.predict(network.wanted.schemes) - table.fixed_ms,
+            changes=table.changes(network.wanted.schemes),
+        )
+        for network in timed
+        if network.wanted.mixed
+    ]
+    return table.model_copy(
+        update={
+            "change_ms": cost_of_a_change(mixed, table.fixed_ms),
+            "networks": (*table.networks, *mixed),
+        }
+    )
 
 
-def _uniform_networks(
+def count_networks(levels: Levels, target: Target) -> int:
+    """How many networks a table of these levels is measured on."""
+    return len(_wanted(levels, target))
+
+
+def _wanted(levels: Levels, target: Target) -> list[_Wanted]:
+    """Networks that have, taken together, every layer at every timed level; then the mixed ones."""
+    found = []
+    for scheme in timed_levels(levels.values()):
+        # A layer without the level gets its first one, the least that can be done to it.
+        schemes = {name: scheme if scheme in own else own[0] for name, own in levels.items()}
+        found.append(_Wanted(str(scheme), schemes))
+    if target.fuses_alike:
+        found += [
+            _Wanted(name, schemes, mixed=True) for name, schemes in mixed_networks(levels).items()
+        ]
+    return found
+
+
+def _written(
     calibrated: CalibratedModel,
     target: Target,
-    levels: Levels,
+    wanted: Sequence[_Wanted],
     folder: Path,
     settings: LatencySettings,
     say: Stage,
-) -> Iterator[_Uniform]:
-    """Networks that, taken together, have every layer at every level: one a scheme."""
-    union = timed_levels(levels.values())
-    whole: dict[Scheme, Artifact] = {}
-    for index, scheme in enumerate(union):
-        say("writing networks to time", index / len(union))
-        # A layer without the level gets its first one, the least that can be done to it.
-        schemes = {name: scheme if scheme in own else own[0] for name, own in levels.items()}
+) -> Iterator[_Written]:
+    """The networks as files: one is exported for each quantization, the others are its copies."""
+    whole: dict[tuple[Scheme, ...], Artifact] = {}
+    for index, network in enumerate(wanted):
+        say("writing networks to time", index / len(wanted))
+        schemes = network.schemes
         path = folder / str(index) / "model.onnx"
-        # Where zeros choose the operators, zeros written into a file would come too late.
-        copied = scheme.quantization is not None and not target.sparse_operators
-        made_with = (
-            {name: Scheme(None, own.quantization) for name, own in schemes.items()}
-            if copied
-            else schemes
+        # Where zeros choose the operators, zeros written into a file would come too late; and
+        # float weights have no codes to write them to.
+        copied = not target.sparse_operators and all(
+            one.quantization is not None for one in schemes.values() if one.skips_zeros
         )
-        base = Scheme(None, scheme.quantization) if copied else scheme
+        made_with = {
+            name: Scheme(None, own.quantization) if copied else own for name, own in schemes.items()
+        }
+        base = tuple(made_with.values())
         if base not in whole:
             made = compress(
                 calibrated, scheme=DENSE, target=target, bn_reestimate=False, baselines=False,
@@ -253,11 +300,11 @@ def _uniform_networks(
             whole[base] = _export(made, target, file, settings)
         artifact = whole[base]
         outputs = {layer.name: layer.output for layer in artifact.manifest.layers}
-        if copied and scheme.pattern is not None:
+        if copied and any(one.skips_zeros for one in schemes.values()):
             pruned_copy(artifact, calibrated.folded_layers, schemes, path)
         else:
             path = artifact.path
-        yield _Uniform(scheme, schemes, path, outputs)
+        yield _Written(network, path, outputs)
 
 
 def _export(
@@ -278,7 +325,7 @@ def _inputs(model: CompressedModel, batch_size: int) -> dict[str, npt.NDArray[An
 
 def _timed(
     anchor: Artifact,
-    uniform: Sequence[_Uniform],
+    networks: Sequence[_Written],
     target: Target,
     inputs: Mapping[str, npt.NDArray[Any]],
     settings: LatencySettings,
@@ -287,7 +334,7 @@ def _timed(
     """The dense network's ms, and each network's share of it, by file."""
     ratios: dict[Path, float] = {}
     dense: list[float] = []
-    groups = [uniform[start : start + AT_ONCE] for start in range(0, len(uniform), AT_ONCE)]
+    groups = [networks[start : start + AT_ONCE] for start in range(0, len(networks), AT_ONCE)]
     for place, group in enumerate(groups):
         candidates = [Candidate(_DENSE, target.runtime, anchor.path, inputs)]
         candidates += [Candidate(each.path, target.runtime, each.path, inputs) for each in group]
@@ -315,7 +362,7 @@ def _timed(
 
 def _shares(
     calibrated: CalibratedModel,
-    network: _Uniform,
+    network: _Written,
     target: Target,
     inputs: Mapping[str, npt.NDArray[Any]],
     settings: LatencySettings,
@@ -327,7 +374,7 @@ def _shares(
         found = audit(session, inputs, iterations=PROFILED)
     macs = {
         layer.name: layer_cost(
-            layer.name, layer.macs, network.schemes[layer.name], weights=layer.weights
+            layer.name, layer.macs, network.wanted.schemes[layer.name], weights=layer.weights
         ).macs_left
         for layer in calibrated.layers
     }

@@ -1,6 +1,9 @@
 """Latency tables: what each layer costs at each level, in milliseconds of one machine and runtime.
 
-    latency(plan) = fixed + Σ ms(layer, scheme)
+    latency(plan) = fixed + Σ ms(layer, scheme) + ms of a change · changes along the network
+
+The last term counts changes between dense and sparse neighbours, for runtimes that fuse those which
+are alike; a layer's own times come from networks where all are.
 
 Tables are measured (`obc_deploy.benchmarks.latency`), never guessed, and hold for the machine that
 they were measured on. All their milliseconds are of one speed of the machine: that at which the
@@ -12,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +29,7 @@ from obc_deploy.schemes import Scheme, as_scheme
 if TYPE_CHECKING:
     from obc_deploy.layers import Layer
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 CACHE_VARIABLE = "OBC_DEPLOY_CACHE"
 """Folder of latency tables and databases; the user's cache folder where it is not set."""
 MACHINE_FIELDS = ("cpu", "cpu_features", "physical_cores", "usable_cores")
@@ -36,9 +40,11 @@ class TimedNetwork(BaseModel):
     """One whole network that the table was made from.
 
     Attributes:
-        scheme: what all layers had that could have it.
+        scheme: what all layers had that could have it; in a mixed network, every few layers.
         ms: end to end, at the table's speed.
-        layers_ms: the part of it that layers took; the rest belongs to none.
+        layers_ms: the part of it that layers took; the rest belongs to none. In a mixed network,
+            what their own times add up to.
+        changes: between dense and sparse neighbours, beyond those that a layer's own times have.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +52,7 @@ class TimedNetwork(BaseModel):
     scheme: str
     ms: float
     layers_ms: float
+    changes: int = 0
 
 
 class LatencyTable(BaseModel):
@@ -63,6 +70,8 @@ class LatencyTable(BaseModel):
         layers: layer name to scheme to ms.
         fixed_ms: what an inference takes beside its layers.
         dense_ms: what the dense float network takes.
+        change_ms: what it takes more for a layer with zeros to skip to follow one without, or the
+            reverse, where both could be either.
         networks: the networks that were timed.
         created: when.
         command: by which command.
@@ -70,7 +79,7 @@ class LatencyTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     target: str
     runtime: str
     runtime_version: str
@@ -81,6 +90,7 @@ class LatencyTable(BaseModel):
     layers: dict[str, dict[str, float]]
     fixed_ms: float
     dense_ms: float
+    change_ms: float = 0.0
     networks: tuple[TimedNetwork, ...] = ()
     created: str = ""
     command: str = ""
@@ -100,12 +110,29 @@ class LatencyTable(BaseModel):
         return found
 
     def predict(self, schemes: Mapping[str, Scheme | str]) -> float:
-        """Milliseconds of a network whose layers have these schemes: fixed part and sum.
+        """Milliseconds of a network whose layers have these schemes: fixed part, sum and changes.
 
         Raises:
             LatencyError: a layer was not measured at its scheme.
         """
-        return self.fixed_ms + sum(self.ms(name, scheme) for name, scheme in schemes.items())
+        layers_ms = sum(self.ms(name, scheme) for name, scheme in schemes.items())
+        return self.fixed_ms + layers_ms + self.change_ms * self.changes(schemes)
+
+    @property
+    def neighbours(self) -> tuple[tuple[str, str], ...]:
+        """Layers next to one another in the network, each of which can be dense or sparse.
+
+        One that can only be either is always next to the same: its neighbours' times have that.
+        """
+        return neighbours(self.layers)
+
+    def changes(self, schemes: Mapping[str, Scheme | str]) -> int:
+        """How many neighbours are not alike: one has zeros to skip and the other has none."""
+        return sum(
+            as_scheme(schemes[one]).skips_zeros != as_scheme(schemes[other]).skips_zeros
+            for one, other in self.neighbours
+            if one in schemes and other in schemes
+        )
 
     def speedup(self, schemes: Mapping[str, Scheme | str]) -> float:
         """How many times faster than the dense float network that is."""
@@ -134,6 +161,19 @@ class LatencyTable(BaseModel):
                 f"{self.machine.get(field)}, here {machine.get(field)}); measure here, or take it "
                 "all the same with --allow-foreign-latency"
             )
+
+
+def neighbours(layers: Mapping[str, Iterable[Scheme | str]]) -> tuple[tuple[str, str], ...]:
+    """Layers next to one another, each of which can be dense or sparse.
+
+    Args:
+        layers: name to what the layer can be, in the network's order.
+    """
+    either = {
+        name: len({as_scheme(scheme).skips_zeros for scheme in schemes}) == 2
+        for name, schemes in layers.items()
+    }
+    return tuple((one, other) for one, other in pairwise(layers) if either[one] and either[other])
 
 
 def network_key(layers: Sequence[Layer]) -> str:

@@ -46,6 +46,7 @@ from obc_deploy.schemes import DENSE, Scheme
 from obc_deploy.search import (
     Budget,
     Budgets,
+    ChangeCosts,
     Choice,
     LayerChoices,
     Metric,
@@ -264,7 +265,8 @@ def choices_of(
         settings: what families to choose from.
         edge: it is the first or the last layer: no pattern, no fewer than 8 bits.
         latency: times are asked for: then integer targets run all layers in 8 bits, because what
-            changing between float and integer layers costs belongs to no layer.
+            changing between float and integer layers costs belongs to no layer; and zeros that are
+            too few to be skipped are not worth their loss.
     """
     if settings.families is None:
         levels = levels_for(target, outline.channels, outline.cols)
@@ -272,6 +274,12 @@ def choices_of(
             levels = tuple(level for level in levels if level.quantization is not None)
     else:
         levels = tuple(level for family in settings.families for level in family.levels(outline))
+    if latency and target is not None:
+        levels = tuple(
+            level
+            for level in levels
+            if not level.skips_zeros or 1.0 - level.density >= target.skips_from
+        )
     if edge:
         whole = [Scheme(None, level.quantization) for level in levels]
         levels = tuple(
@@ -545,7 +553,9 @@ def _space(
         Metric.SIZE: float(whole.dense_bytes),
     }
     fixed = {}
+    changes = None
     if table is not None:
         costs[Metric.LATENCY] = table.dense_ms
         fixed[Metric.LATENCY] = table.fixed_ms
-    return SearchSpace(tuple(found), fixed=fixed, dense=costs)
+        changes = ChangeCosts(table.neighbours, {Metric.LATENCY: table.change_ms})
+    return SearchSpace(tuple(found), fixed=fixed, dense=costs, changes=changes)

@@ -11,7 +11,9 @@ The same text is used on the command line, in file names, in tables and in code:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from obc_deploy.errors import SchemeError
@@ -212,6 +214,11 @@ class Scheme:
         return self.pattern is None and self.quantization is None
 
     @property
+    def skips_zeros(self) -> bool:
+        """There is a pattern of zeros, which a runtime may skip."""
+        return self.pattern is not None
+
+    @property
     def density(self) -> float:
         """Fraction of weights that stay (1 without a pattern)."""
         return 1.0 if self.pattern is None else self.pattern.density
@@ -234,3 +241,8 @@ DENSE = Scheme()
 def as_scheme(scheme: Scheme | str) -> Scheme:
     """A scheme from itself or from its text."""
     return scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
+
+
+def changes_between(schemes: Iterable[Scheme]) -> int:
+    """How often a layer with zeros to skip follows one without, or the reverse."""
+    return sum(before.skips_zeros != after.skips_zeros for before, after in pairwise(schemes))

@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from obc_deploy.errors import TargetError
-from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Pattern, Scheme, Unstructured
+from obc_deploy.schemes import (
+    BLOCK_SIZE,
+    NM,
+    Block4,
+    Pattern,
+    Scheme,
+    Unstructured,
+    changes_between,
+)
 
 if TYPE_CHECKING:
     from obc_deploy.layers import Layer
@@ -101,6 +108,8 @@ class Target:
         sparse_operators: layers with zeros become operators of our own library
             (`obc_deploy.runtimes.sparse`), which the runtime loads beside the file.
         fuses_alike: neighbouring layers run as one where all or none of them skip zeros.
+        skips_from: share of a layer's weights that must be zero for the runtime to skip any; with
+            fewer it was measured to run the layer as a dense one, or slower.
         precision: what computes where nothing is quantized.
         measured: there are sessions and measurements of it here; else its files are only written
             and checked.
@@ -119,6 +128,7 @@ class Target:
     summary: str
     sparse_operators: bool = False
     fuses_alike: bool = False
+    skips_from: float = 0.0
     precision: Precision = Precision.FLOAT32
     measured: bool = True
 
@@ -172,6 +182,7 @@ DEEPSPARSE = Target(
     sparse_from={Block4: 0.8, Unstructured: 0.85},
     summary="DeepSparse on the CPU, integer operators; zeros are skipped (needs 80 % or more)",
     fuses_alike=True,
+    skips_from=0.62,
 )
 
 _UNAVOIDABLE_CHANGES = 3
@@ -340,16 +351,6 @@ def _sparse_operators_obstacle(target: Target, scheme: Scheme) -> str | None:
     return None
 
 
-def _changes(target: Target, layers: Sequence[Layer], schemes: Mapping[str, Scheme]) -> int:
-    """How often, in network order, a layer with zeros follows one without, or the reverse."""
-    if not target.fuses_alike:
-        return 0
-    sparse = [
-        type(schemes.get(layer.name, Scheme()).pattern) in target.sparse_from for layer in layers
-    ]
-    return sum(before != after for before, after in pairwise(sparse))
-
-
 def preflight(
     target: Target,
     layers: Sequence[Layer],
@@ -391,13 +392,18 @@ def preflight(
     for reason, names in reasons.items():
         few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"{reason} ({few})")
-    changes = _changes(target, layers, schemes)
+    changes = 0
+    if target.fuses_alike:
+        own = (schemes.get(layer.name, Scheme()) for layer in layers)
+        changes = changes_between(
+            one if type(one.pattern) in target.sparse_from else Scheme() for one in own
+        )
     if changes > _UNAVOIDABLE_CHANGES:
         lines.append(
             f"dense and sparse layers take turns ({changes} changes in network order): "
-            f"{target.runtime} fuses neighbours that are alike, and each change took it 25 to 50 "
-            "us on a CIFAR-10 ResNet-20, which latency tables do not foresee; measure before it "
-            "ships, or prune neighbours alike"
+            f"{target.runtime} fuses neighbours that are alike, and a change took it 10 to 40 us "
+            "on a CIFAR-10 ResNet-20; prune neighbours alike, or ask for a latency budget, which "
+            "counts changes"
         )
     if quantized and vnni is False and target.measured:
         lines.append("this CPU has no VNNI: int8 may be no faster than float here")

@@ -176,7 +176,7 @@ def _within_drop(
 
 def show_estimate(out: Output, work: Compression, wish: Wish) -> None:
     """Say what a search would take: time, memory and disk of its database; nothing is written."""
-    from obc_deploy.benchmarks.timed_levels import timed_levels
+    from obc_deploy.benchmarks.latency import count_networks
     from obc_deploy.planning import described, estimate, layer_choices
     from obc_deploy.search import Metric
 
@@ -187,7 +187,7 @@ def show_estimate(out: Output, work: Compression, wish: Wish) -> None:
         choices = layer_choices(calibrated, work.target, settings, latency=latency)
         expected = estimate(calibrated, choices, settings)
     count = sum(len(schemes) for schemes in choices.values())
-    networks = len(timed_levels(choices.values()))
+    networks = count_networks(choices, work.target) if latency else 0
     out.line(f"{work.model}: {len(choices)} layers, {count} choices")
     out.line(f"database: {described(expected)}")
     if latency:

@@ -6,6 +6,7 @@ plan = refine(plan, space, "latency:4x,size:6x", evaluate, seconds=600).plan
 """
 
 from obc_deploy.search.budgets import Budget, Budgets, Metric, as_budgets
+from obc_deploy.search.changes import ChangeCosts
 from obc_deploy.search.choices import Choice, LayerChoices, Plan, SearchSpace, counted_costs
 from obc_deploy.search.dynamic import solve_dynamic
 from obc_deploy.search.milp import solve_milp
@@ -15,6 +16,7 @@ from obc_deploy.search.refine import Evaluation, Move, Refinement, refine
 __all__ = [
     "Budget",
     "Budgets",
+    "ChangeCosts",
     "Choice",
     "Evaluation",
     "LayerChoices",

@@ -3,7 +3,8 @@
     minimise  Σ loss(layer, choice)   subject to   fixed + Σ cost(layer, choice) <= dense / factor
 
 for every budget at once: a multiple-choice knapsack. The sum of the layers' losses is a proxy for
-the loss of the whole network.
+the loss of the whole network. Some runtimes fuse neighbours where both skip zeros or neither does;
+there each change between the two along the network costs something on top (`ChangeCosts`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from obc_deploy.costs import LayerCost
 from obc_deploy.errors import BudgetError, LayerError, SchemeError
 from obc_deploy.schemes import Scheme, as_scheme
 from obc_deploy.search.budgets import Budget, Metric
+from obc_deploy.search.changes import Chain, ChangeCosts
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -109,22 +111,6 @@ class LayerChoices:
         more = ", ..." if len(self.choices) > 5 else ""
         raise SchemeError(f"layer '{self.name}' has no choice '{scheme}'; it can be {few}{more}")
 
-    def without_dominated(self, metrics: Iterable[Metric] | None = None) -> LayerChoices:
-        """Only the choices that could be worth taking, in the order they have.
-
-        A choice goes where another has no more loss, costs no more in any of `metrics` (all where
-        none are named), and is better in one of these or, where equal in all, comes first.
-        """
-        order = tuple(self.metrics if metrics is None else metrics)
-        keys = np.array(
-            [(choice.loss, *(choice.costs[metric] for metric in order)) for choice in self.choices]
-        )
-        kept = ~_dominated(keys)
-        return LayerChoices(
-            self.name,
-            tuple(choice for choice, keep in zip(self.choices, kept, strict=True) if keep),
-        )
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -157,12 +143,14 @@ class Levels:
         schemes: of each level.
         losses: (levels,).
         costs: (levels, budgets), in the budgets' order.
+        sparse: (levels,), whether there are zeros to skip; all False where changes cost nothing.
     """
 
     layer: str
     schemes: tuple[Scheme, ...]
     losses: Array
     costs: Array
+    sparse: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -175,11 +163,13 @@ class SearchSpace:
             0 where not named. May be negative: the table of layers may overcount.
         dense: what the dense network costs altogether, by metric; where not named, the sum of the
             'dense' choices and the fixed part.
+        changes: what changes between dense and sparse neighbours cost; None: nothing.
     """
 
     layers: tuple[LayerChoices, ...]
     fixed: Mapping[Metric, float] = field(default_factory=dict)
     dense: Mapping[Metric, float] = field(default_factory=dict)
+    changes: ChangeCosts | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -194,6 +184,9 @@ class SearchSpace:
                 raise BudgetError(
                     f"the fixed part {cost} of {metric.value} is not finite; measure it again"
                 )
+        for pair in () if self.changes is None else self.changes.neighbours:
+            for name in pair:
+                self.layer(name)
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
@@ -271,13 +264,17 @@ class SearchSpace:
             if layer.name not in schemes:
                 raise LayerError(f"the plan has no scheme for layer '{layer.name}'; add one")
             chosen[layer.name] = layer.choice(schemes[layer.name])
+        found = {name: choice.scheme for name, choice in chosen.items()}
+        changes = self.changes or ChangeCosts((), {})
+        count = changes.count(found)
         return Plan(
-            schemes={name: choice.scheme for name, choice in chosen.items()},
+            schemes=found,
             loss=math.fsum(choice.loss for choice in chosen.values()),
             costs={
                 metric: math.fsum(
                     (
                         self.fixed.get(metric, 0.0),
+                        count * changes.costs.get(metric, 0.0),
                         *(choice.costs[metric] for choice in chosen.values()),
                     )
                 )
@@ -302,6 +299,7 @@ class SearchSpace:
         between equally good plans are always broken alike.
         """
         metrics = list(self.limits(budgets))
+        together = self.changes is not None and any(map(self.changes.costs.get, metrics))
         found = []
         for layer in sorted(self.layers, key=lambda one: one.name):
             rows = sorted(
@@ -311,16 +309,33 @@ class SearchSpace:
             keys = np.array(
                 [(one.loss, *(one.costs[m] for m in metrics)) for one in rows], dtype=np.float64
             )
-            kept = np.flatnonzero(~_dominated(keys))
+            sparse = np.array([together and one.scheme.skips_zeros for one in rows], dtype=np.bool_)
+            # A worse choice may be worth taking where it is like its neighbours.
+            dominated = np.zeros(len(rows), dtype=np.bool_)
+            for alike in (sparse, ~sparse):
+                dominated[alike] = _dominated(keys[alike])
+            kept = np.flatnonzero(~dominated)
             found.append(
                 Levels(
                     layer=layer.name,
                     schemes=tuple(rows[index].scheme for index in kept),
                     losses=keys[kept, 0],
                     costs=keys[kept, 1:],
+                    sparse=sparse[kept],
                 )
             )
         return tuple(found)
+
+    def chain(self, levels: Sequence[Levels], budgets: Sequence[Budget]) -> Chain | None:
+        """What changes between these levels of neighbours cost; None where they cost nothing."""
+        if self.changes is None:
+            return None
+        cost = np.array([self.changes.costs.get(budget.metric, 0.0) for budget in budgets])
+        if not cost.any():
+            return None
+        places = {one.layer: place for place, one in enumerate(levels)}
+        neighbours = tuple((places[one], places[other]) for one, other in self.changes.neighbours)
+        return Chain(neighbours, tuple(one.sparse for one in levels), cost)
 
     def rooms(self, budgets: Sequence[Budget]) -> tuple[Array, Array]:
         """What the layers together may cost, (budgets,), and the rounding allowed, (budgets,)."""

@@ -7,6 +7,9 @@ rounded up to whole buckets: a plan that fits the buckets fits the budget. A sec
 rounded *down* bounds what rounding can have lost. Whole-numbered costs whose greatest common
 divisor makes few enough buckets are not rounded at all, and the plan is then optimal.
 
+Where changes between dense and sparse neighbours cost something, layers are taken along the chain
+and `best` is kept twice: for a dense last layer and for a sparse one.
+
 Source: SPDY (Frantar and Alistarh, arXiv 2201.13096), section 3.1, with 10,000 buckets.
 """
 
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 
 from obc_deploy.errors import BudgetError
 from obc_deploy.search.budgets import Budgets, as_budgets
+from obc_deploy.search.changes import Chain
 from obc_deploy.search.choices import Array, Plan, SearchSpace
 
 DEFAULT_BUCKETS = 10_000
@@ -42,7 +46,7 @@ def solve_dynamic(space: SearchSpace, budget: Budgets, *, buckets: int = DEFAULT
 
     Raises:
         BudgetError: several budgets, no plan that keeps it (the message says what could be), an
-            unknown cost, or fewer than one bucket.
+            unknown cost, or too few buckets.
     """
     from obc_deploy.search.reachable import unreachable
 
@@ -59,13 +63,18 @@ def solve_dynamic(space: SearchSpace, budget: Budgets, *, buckets: int = DEFAULT
     losses = [one.losses for one in levels]
     costs = [one.costs[:, 0] for one in levels]
     room, slack = float(rooms[0]), float(rounding[0])
-    indices = choose(losses, costs, room, slack, buckets=buckets)
-    if indices is None:
+    chain = space.chain(levels, limits)
+    indices = choose(losses, costs, room, slack, chain=chain, buckets=buckets)
+    relaxed = choose(losses, costs, room, slack, chain=chain, buckets=buckets, round_down=True)
+    if relaxed is None:
         raise unreachable(space, limits)
+    if indices is None:
+        raise BudgetError(
+            f"{buckets} buckets are too coarse for a budget as tight as '{limits[0]}'; take more, "
+            "or the integer programme (solve_milp)"
+        )
     schemes = {one.layer: one.schemes[index] for one, index in zip(levels, indices, strict=True)}
     plan = space.plan(schemes, method="dynamic")
-    relaxed = choose(losses, costs, room, slack, buckets=buckets, round_down=True)
-    assert relaxed is not None
     bound = math.fsum(float(loss[index]) for loss, index in zip(losses, relaxed, strict=True))
     gap = max(plan.loss - bound, 0.0) / max(abs(plan.loss), 1e-300)
     return replace(plan, gap=gap)
@@ -77,6 +86,7 @@ def choose(
     room: float,
     rounding: float,
     *,
+    chain: Chain | None = None,
     buckets: int = DEFAULT_BUCKETS,
     round_down: bool = False,
 ) -> tuple[int, ...] | None:
@@ -89,41 +99,69 @@ def choose(
         costs: one (choices,) array a layer.
         room: what the costs may sum to.
         rounding: by which a sum of floats may be over it.
+        chain: what changes between neighbours cost; None: nothing.
         buckets: at most this many are used.
         round_down: round costs down: the sum of losses is then a lower bound, the room not kept.
 
     Returns:
-        The index of each layer's entry; None where the least costs are over the room.
+        The index of each layer's entry; None where nothing fits the rounded room.
     """
     least = [float(cost.min()) for cost in costs]
     left = room - math.fsum(least)
     if left < -rounding:
         return None
     extra = [cost - low for cost, low in zip(costs, least, strict=True)]
+    if chain is None:
+        order: Sequence[int] = range(len(costs))
+        kinds = [np.zeros(len(cost), dtype=np.intp) for cost in costs]
+    else:
+        order = chain.order
+        kinds = [sparse.astype(np.intp) for sparse in chain.sparse]
+        extra.append(chain.cost)
     needed, total = _in_buckets(extra, max(left, 0.0), rounding, buckets, round_down)
+    change = 0 if chain is None else int(needed.pop()[0])
 
-    best = np.zeros(total + 1)
-    taken: list[NDArray[np.int32]] = []
-    for loss, need in zip(losses, needed, strict=True):
-        after = np.full(total + 1, np.inf)
-        which = np.zeros(total + 1, dtype=np.int32)
-        for index in range(len(loss)):
-            count = int(need[index])
-            if count > total:
+    # best[kind]: of the layers so far, the last of them dense (0) or sparse (1).
+    best = np.zeros((1 if chain is None else 2, total + 1))
+    taken: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
+    for layer in order:
+        changed = np.zeros(best.shape, dtype=np.bool_)
+        if chain is not None:
+            best, changed = _with_changes(best, change if layer in chain.followers else 0)
+        after = np.full(best.shape, np.inf)
+        which = np.zeros(best.shape, dtype=np.int32)
+        for index, loss in enumerate(losses[layer]):
+            need, kind = int(needed[layer][index]), int(kinds[layer][index])
+            if need > total:
                 continue
-            reached = best[: total + 1 - count] + loss[index]
-            better = reached < after[count:]
-            np.copyto(after[count:], reached, where=better)
-            which[count:][better] = index
-        taken.append(which)
+            reached = best[kind, : total + 1 - need] + loss
+            better = reached < after[kind, need:]
+            np.copyto(after[kind, need:], reached, where=better)
+            which[kind, need:][better] = index
+        taken.append((which, changed))
         best = after
-    spent = int(np.argmax(best <= best[total]))
-    indices = []
-    for which, need in zip(reversed(taken), reversed(needed), strict=True):
-        index = int(which[spent])
-        indices.append(index)
-        spent -= int(need[index])
-    return tuple(reversed(indices))
+    last = int(np.argmin(best[:, total]))
+    if math.isinf(best[last, total]):
+        return None
+    kind, spent = last, int(np.argmax(best[last] <= best[last, total]))
+    indices = [0] * len(costs)
+    for layer, (which, changed) in zip(reversed(order), reversed(taken), strict=True):
+        index = int(which[kind, spent])
+        indices[layer] = index
+        spent -= int(needed[layer][index])
+        if chain is not None and changed[kind, spent]:
+            spent -= change if layer in chain.followers else 0
+            kind = 1 - kind
+    return tuple(indices)
+
+
+def _with_changes(best: Array, change: int) -> tuple[Array, NDArray[np.bool_]]:
+    """(kinds, buckets) least losses before a layer of each kind, and where they take a change."""
+    other = np.full(best.shape, np.inf)
+    if change < best.shape[1]:
+        other[:, change:] = best[::-1, : best.shape[1] - change]
+    changed = other < best
+    return np.where(changed, other, best), changed
 
 
 def _in_buckets(

@@ -1,11 +1,13 @@
 """The multiple-choice knapsack as an integer programme, exactly, with any number of budgets.
 
     minimise    Σ loss[l, i] x[l, i]            x in {0, 1},  Σ_i x[l, i] = 1
-    subject to  Σ cost[l, i, b] x[l, i] <= room[b]
+    subject to  Σ cost[l, i, b] x[l, i] + Σ change[b] y[l] <= room[b]
+                y[l] >= |Σ_i sparse[l, i] x[l, i] - Σ_i sparse[l + 1, i] x[l + 1, i]|
 
-HiGHS (branch and cut, through SciPy) does the solving, to a relative gap of 0 unless told
-otherwise. It is deterministic for the same version and input, and the input is brought into one
-order first: so are ties.
+The y, one for each two neighbours, are there only where changes between dense and sparse
+neighbours cost something. HiGHS (branch and cut, through SciPy) does the solving, to a relative gap
+of 0 unless told otherwise. It is deterministic for the same version and input, and the input is
+brought into one order first: so are ties.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from obc_deploy.errors import BudgetError
 from obc_deploy.search.budgets import Budget, Budgets, as_budgets
+from obc_deploy.search.changes import Chain
 from obc_deploy.search.choices import Array, Plan, SearchSpace
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 _LARGEST_LOSS = 1e3
 _ROOM = 1e2
@@ -101,7 +108,10 @@ def least_cost(space: SearchSpace, budgets: Sequence[Budget], budget: Budget) ->
         return None
     levels = space.levels(both)
     fixed = space.fixed.get(budget.metric, 0.0)
-    spent = (one.costs[index, -1] for one, index in zip(levels, chosen.indices, strict=True))
+    spent = [one.costs[index, -1] for one, index in zip(levels, chosen.indices, strict=True)]
+    chain = space.chain(levels, both)
+    if chain is not None:
+        spent.append(chain.count(chosen.indices) * chain.cost[-1])
     return math.fsum((fixed, *map(float, spent)))
 
 
@@ -119,14 +129,21 @@ def _solve(
     """Minimise the losses, or the cost of one of the budgets (which then limits nothing)."""
     levels = space.levels(budgets)
     rooms, rounding = space.rooms(budgets)
+    chain = space.chain(levels, budgets)
     if minimised is None:
         return choose([o.losses for o in levels], [o.costs for o in levels], rooms, rounding,
-                      gap=gap, seconds=seconds)  # fmt: skip
+                      chain=chain, gap=gap, seconds=seconds)  # fmt: skip
+    change_loss = 0.0
+    if chain is not None:
+        change_loss = float(chain.cost[minimised])
+        chain = replace(chain, cost=np.delete(chain.cost, minimised))
     return choose(
         [o.costs[:, minimised] for o in levels],
         [np.delete(o.costs, minimised, axis=1) for o in levels],
         np.delete(rooms, minimised),
         np.delete(rounding, minimised),
+        chain=chain,
+        change_loss=change_loss,
         gap=gap,
         seconds=seconds,
     )
@@ -138,6 +155,8 @@ def choose(
     rooms: Array,
     rounding: Array,
     *,
+    chain: Chain | None = None,
+    change_loss: float = 0.0,
     gap: float = 0.0,
     seconds: float | None = None,
     relaxed: bool = False,
@@ -149,6 +168,8 @@ def choose(
         costs: one (choices, budgets) array a layer.
         rooms: (budgets,).
         rounding: (budgets,) by which a sum may be over its room.
+        chain: what changes between neighbours cost; None: nothing.
+        change_loss: what a change adds to the sum of losses.
         gap: relative distance from the optimum to stop at.
         seconds: to stop after.
         relaxed: let choices be mixed, which is far quicker, and take the largest part of each mix.
@@ -169,11 +190,17 @@ def choose(
 
     objective = np.concatenate([x[k] - m for x, k, m in zip(losses, kept, least_loss, strict=True)])
     rows = np.concatenate([c[k] - m for c, k, m in zip(costs, kept, least_cost, strict=True)]).T
+    layer_of = np.repeat(np.arange(len(kept)), list(map(len, kept)))
+    starts = np.concatenate([[0], np.cumsum(list(map(len, kept)))])
+    unlike = None
+    if chain is not None:
+        unlike = _unlike(chain, kept, starts)
+        edges = len(chain.neighbours)
+        objective = np.concatenate([objective, np.full(edges, change_loss)])
+        rows = np.hstack([rows, np.repeat(chain.cost[:, None], edges, axis=1)])
     loss_unit = float(objective.max()) / _LARGEST_LOSS or 1.0
     units = np.where(left > rounding, left, np.maximum(rows.max(axis=1), rounding)) / _ROOM
     units[units <= 0.0] = 1.0
-    layer_of = np.repeat(np.arange(len(kept)), list(map(len, kept)))
-    starts = np.concatenate([[0], np.cumsum(list(map(len, kept)))])
     offset = math.fsum(least_loss)
 
     allowed = np.maximum(left, 0.0) / units
@@ -181,8 +208,8 @@ def choose(
     deadline = None if seconds is None else time.monotonic() + seconds
     while True:
         values, bound, status = _highs(
-            objective / loss_unit, rows / units[:, None], allowed, layer_of, ruled_out, gap,
-            None if deadline is None else max(deadline - time.monotonic(), 0.01), relaxed,
+            objective / loss_unit, rows / units[:, None], allowed, layer_of, unlike, ruled_out,
+            gap, None if deadline is None else max(deadline - time.monotonic(), 0.01), relaxed,
         )  # fmt: skip
         if status == _INFEASIBLE:
             return Chosen(None, math.inf, True)
@@ -191,17 +218,32 @@ def choose(
         picked = [
             int(start + np.argmax(values[start:end])) for start, end in itertools.pairwise(starts)
         ]
+        indices = tuple(
+            int(k[index - start]) for k, index, start in zip(kept, picked, starts[:-1], strict=True)
+        )
         over = np.array([math.fsum(row[picked]) for row in rows]) - left
+        if chain is not None:
+            over += chain.count(indices) * chain.cost
         if relaxed or (over <= rounding).all():
             break
         # The solver's tolerance let a sum slip over its room.
         ruled_out.append(picked)
         if len(ruled_out) > _CUTS:
             allowed = np.where(over > rounding, allowed - 2 * over / units, allowed)
-    indices = tuple(
-        int(k[index - start]) for k, index, start in zip(kept, picked, starts[:-1], strict=True)
-    )
     return Chosen(indices, offset + bound * loss_unit, False)
+
+
+def _unlike(chain: Chain, kept: Sequence[NDArray[np.intp]], starts: NDArray[np.intp]) -> csr_array:
+    """(2 edges, variables): Σ sparse x of a layer minus its neighbour's, minus y; and back."""
+    from scipy.sparse import csr_array, hstack, identity, vstack
+
+    edges = len(chain.neighbours)
+    apart = np.zeros((edges, int(starts[-1])))
+    for row, pair in zip(apart, chain.neighbours, strict=True):
+        for layer, sign in zip(pair, (1.0, -1.0), strict=True):
+            row[starts[layer] : starts[layer + 1]] = sign * chain.sparse[layer][kept[layer]]
+    both = vstack([csr_array(apart), csr_array(-apart)])
+    return csr_array(hstack([both, vstack([-identity(edges)] * 2)]))
 
 
 def _highs(
@@ -209,6 +251,7 @@ def _highs(
     rows: Array,
     rooms: Array,
     layer_of: NDArray[np.intp],
+    unlike: csr_array | None,
     ruled_out: Sequence[Sequence[int]],
     gap: float,
     seconds: float | None,
@@ -218,9 +261,13 @@ def _highs(
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    count = len(objective)
-    one_each = csr_array((np.ones(count), (layer_of, np.arange(count))))
+    count, picks = len(objective), len(layer_of)
+    one_each = csr_array(
+        (np.ones(picks), (layer_of, np.arange(picks))), shape=(layer_of[-1] + 1, count)
+    )
     constraints = [LinearConstraint(one_each, 1.0, 1.0)]
+    if unlike is not None:
+        constraints.append(LinearConstraint(unlike, -np.inf, 0.0))
     if len(rooms):
         constraints.append(LinearConstraint(csr_array(rows), -np.inf, rooms))
     if ruled_out:
@@ -230,8 +277,8 @@ def _highs(
         constraints.append(LinearConstraint(csr_array(cuts), -np.inf, layer_of[-1]))
     options = {"mip_rel_gap": gap} | ({} if seconds is None else {"time_limit": seconds})
     result = milp(
-        objective, integrality=np.full(count, 0 if relaxed else 1), bounds=Bounds(0, 1),
-        constraints=constraints, options=options,
+        objective, integrality=np.where(np.arange(count) < picks, 0 if relaxed else 1, 0),
+        bounds=Bounds(0, 1), constraints=constraints, options=options,
     )  # fmt: skip
     bound = -math.inf
     if not relaxed and result.mip_dual_bound is not None:

@@ -61,6 +61,10 @@ def unreachable(space: SearchSpace, budgets: Sequence[Budget]) -> BudgetError:
 def _cheapest(space: SearchSpace, budget: Budget) -> float:
     """Cost of the cheapest plan, fixed part included."""
     space.limits([budget])
+    if space.changes is not None and space.changes.costs.get(budget.metric):
+        cost = least_cost(space, (), budget)
+        assert cost is not None  # no budget, so every plan keeps all of them
+        return cost
     least = (min(one.costs[budget.metric] for one in layer.choices) for layer in space.layers)
     return math.fsum((space.fixed.get(budget.metric, 0.0), *least))
 
@@ -105,6 +109,11 @@ def _obstacle(space: SearchSpace, budget: Budget) -> str:
     fixed = space.fixed.get(metric, 0.0)
     if fixed > 0.0:
         parts.append(f"{share(fixed)} of the {metric.value} left belongs to no layer")
+    between = cheapest - fixed - math.fsum(least.values())
+    if space.changes is not None and between > ROUNDING * cheapest:
+        parts.append(
+            f"{share(between)} is what dense and sparse layers next to one another cost more"
+        )
     bound = {name for layers in stuck.values() for name in layers}
     free = [name for name in least if least[name] > 0.0 and name not in bound]
     if free:

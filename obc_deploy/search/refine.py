@@ -228,6 +228,7 @@ class _Search:
         self._random = np.random.default_rng(seed)
         self._levels = space.levels(budgets)
         self._rooms, self._rounding = space.rooms(budgets)
+        self._chain = space.chain(self._levels, budgets)
         self._free = np.flatnonzero([len(one.losses) > 1 for one in self._levels])
         self._moves = frozenset(moves)
         self._start = start
@@ -272,7 +273,10 @@ class _Search:
         for one in self._levels:
             choice = self._space.layer(one.layer).choice(plan.schemes[one.layer])
             cost = np.array([choice.costs[budget.metric] for budget in budgets])
-            found.append(int(np.argmax((one.costs <= cost).all(axis=1))))
+            no_dearer = (one.costs <= cost).all(axis=1)
+            if self._chain is not None:
+                no_dearer &= one.sparse == choice.scheme.skips_zeros
+            found.append(int(np.argmax(no_dearer)))
         return tuple(found)
 
     def _plan(self, indices: Indices) -> Plan:
@@ -340,11 +344,13 @@ class _Search:
         if len(self._rooms) == 1:
             return dynamic.choose(
                 losses, [cost[:, 0] for cost in costs], float(self._rooms[0]),
-                float(self._rounding[0]), buckets=_BUCKETS,
+                float(self._rounding[0]), chain=self._chain, buckets=_BUCKETS,
             )  # fmt: skip
         # With several, an exact answer would take longer than most evaluations. Where the mixed
         # layers' rounding is over a budget, others make room.
-        found = milp.choose(losses, costs, self._rooms, self._rounding, relaxed=True).indices
+        found = milp.choose(
+            losses, costs, self._rooms, self._rounding, chain=self._chain, relaxed=True
+        ).indices
         if found is None:
             return None
         levels = list(found)
@@ -379,9 +385,21 @@ class _Search:
         return stepped if stepped != level else min(max(level - step, 0), last)
 
     def _spent(self, levels: Sequence[int]) -> Array:
-        """(budgets,) what the layers cost."""
+        """(budgets,) what the layers cost, and the changes between them."""
         costs = [one.costs[level] for one, level in zip(self._levels, levels, strict=True)]
-        return np.sum(costs, axis=0)  # type: ignore[no-any-return]
+        spent: Array = np.sum(costs, axis=0)
+        if self._chain is not None:
+            spent += self._chain.count(levels) * self._chain.cost
+        return spent
+
+    def _alternatives(self, levels: Sequence[int], layer: int, spent: Array) -> Array:
+        """(choices, budgets) what would be spent with each of a layer's levels."""
+        level, costs = levels[layer], self._levels[layer].costs
+        found: Array = spent - costs[level] + costs
+        if self._chain is not None:
+            around = self._chain.around(levels, layer)
+            found += (around - around[level])[:, None] * self._chain.cost
+        return found
 
     def _fits(self, spent: Array) -> NDArray[np.bool_]:
         """Whether (..., budgets) costs keep all budgets."""
@@ -394,8 +412,9 @@ class _Search:
         if self._fits(spent):
             return True
         for layer in layers:
-            level, costs = levels[layer], self._levels[layer].costs
-            enough = np.flatnonzero(self._fits(spent - costs[level] + costs[level + 1 :]))
+            level = levels[layer]
+            lowered = self._alternatives(levels, layer, spent)[level + 1 :]
+            enough = np.flatnonzero(self._fits(lowered))
             if len(enough):
                 levels[layer] = level + 1 + int(enough[0])
                 return True
@@ -414,7 +433,8 @@ class _Search:
             raises = []
             for layer in layers:
                 level, one = levels[layer], self._levels[layer]
-                possible = np.flatnonzero(self._fits(spent - one.costs[level] + one.costs[:level]))
+                raised_costs = self._alternatives(levels, layer, spent)[:level]
+                possible = np.flatnonzero(self._fits(raised_costs))
                 if len(possible):
                     raised = int(possible[0])
                     gain = float(one.losses[level] - one.losses[raised])

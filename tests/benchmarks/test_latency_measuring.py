@@ -15,7 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from obc_deploy.benchmarks import latency
-from obc_deploy.benchmarks.latency import LatencySettings, latency_table, layer_shares
+from obc_deploy.benchmarks.latency import (
+    LatencySettings,
+    latency_table,
+    layer_shares,
+    measure_table,
+)
 from obc_deploy.benchmarks.pruned_copies import pruned_copy
 from obc_deploy.calibrated import calibrate
 from obc_deploy.compression import compress
@@ -142,6 +147,22 @@ def test_copies_have_the_patterns_zeros_and_no_others(
             assert (1.0 - blocks.any(2).mean()) == pytest.approx(0.75, abs=0.01)
 
 
+def test_changes_are_measured_where_neighbours_are_fused(here, calibrated, levels) -> None:
+    """On ONNX Runtime, which ignores zeros, a change costs next to nothing."""
+    fusing = replace(ONNXRUNTIME_QOPERATOR, fuses_alike=True)
+    table = measure_table(calibrated, fusing, levels, QUICK)
+    assert table.neighbours == (("second", "third"),)
+    mixed = [one for one in table.networks if one.scheme.startswith("every")]
+    assert {one.changes for one in mixed} == {0, 1}
+    assert 0.0 <= table.change_ms < 0.5 * table.dense_ms
+    schemes = {name: own[0] for name, own in levels.items()} | {"third": SPARSE}
+    assert table.predict(schemes) == pytest.approx(
+        table.fixed_ms
+        + table.change_ms
+        + sum(table.ms(name, scheme) for name, scheme in schemes.items())
+    )
+
+
 def _audit(steps, layers):
     return Audit("runtime", "1", 1.0, tuple(layers), tuple(steps), fallback=False, reasons=())
 
@@ -205,9 +226,8 @@ def test_sparse_levels_are_timed_on_the_sparse_operators(tmp_path: Path) -> None
     scheme = Scheme.parse("block4@0.9+w8a8")
     levels = {layer.name: (W8A8, scheme) for layer in wide.layers if layer.name == "second"}
     levels |= {layer.name: (W8A8,) for layer in wide.layers if layer.name != "second"}
-    dense, pruned = latency._uniform_networks(
-        wide, ORT_SPARSE, levels, tmp_path, QUICK, lambda *_: None
-    )
+    wanted = latency._wanted(levels, ORT_SPARSE)
+    dense, pruned = latency._written(wide, ORT_SPARSE, wanted, tmp_path, QUICK, lambda *_: None)
     found = [
         {node.op_type for node in onnx.load(each.path).graph.node if node.domain == sparse.DOMAIN}
         for each in (dense, pruned)

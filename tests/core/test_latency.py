@@ -46,6 +46,15 @@ def test_a_prediction_is_the_fixed_part_and_the_sum(table) -> None:
     assert table.speedup(schemes) == 8.0 / 3.5
 
 
+def test_changes_between_neighbours_that_could_be_alike_cost_more(table) -> None:
+    changing = table.model_copy(update={"change_ms": 0.25})
+    assert changing.neighbours == (("conv1", "conv2"),)
+    schemes = {"conv1": "2:4+w8a8", "conv2": "w8a8", "fc": "w8a8"}
+    assert changing.predict(schemes) == 3.75
+    # The last layer is always dense: what that costs is in the times of conv2.
+    assert changing.predict({**schemes, "conv2": "2:4+w8a8"}) == 2.5
+
+
 def test_what_was_not_measured_is_not_guessed(table) -> None:
     with pytest.raises(LatencyError, match="layer 'fc' at '2:4"):
         table.predict({"fc": "2:4+w8a8"})

@@ -26,7 +26,7 @@ from obc_deploy.planning import (
     planner_for,
 )
 from obc_deploy.schemes import DENSE, Scheme
-from obc_deploy.search import Metric
+from obc_deploy.search import ChangeCosts, Metric
 from obc_deploy.stitching import StitchedNetwork
 from obc_deploy.targets import DEEPSPARSE
 
@@ -241,9 +241,22 @@ def test_latencies_come_from_the_table(tmp_path) -> None:
     assert found.plan.costs[Metric.LATENCY] <= 13.0 / 2.3
     assert found.plan.costs[Metric.LATENCY] == pytest.approx(table.predict(found.plan.schemes))
     assert found.record().predicted_ms == pytest.approx(table.predict(found.plan.schemes))
+    changing = table.model_copy(update={"change_ms": 0.125})
+    planner = make_planner(calibrated, settings, target=DEEPSPARSE, table=changing)
+    assert planner.space.changes == ChangeCosts(changing.neighbours, {Metric.LATENCY: 0.125})
     lacking = table.model_copy(update={"layers": {**times, "conv2": {}}})
     with pytest.raises(LatencyError, match="conv2"):
         make_planner(calibrated, settings, target=DEEPSPARSE, table=lacking)
+
+
+@pytest.mark.parametrize(("latency", "fewest"), [(False, 0.1), (True, DEEPSPARSE.skips_from)])
+def test_zeros_that_are_too_few_to_be_skipped_are_no_choice_for_latency(latency, fewest) -> None:
+    calibrated = calibrate(build(Plain), samples(Plain))
+    settings = PlanSettings(families=as_families("block4+w8a8,w8a8"))
+    schemes = layer_choices(calibrated, DEEPSPARSE, settings, latency=latency)["conv2"]
+    assert "w8a8" in map(str, schemes)
+    least = min(1.0 - scheme.density for scheme in schemes if scheme.skips_zeros)
+    assert fewest - 1e-9 <= least < fewest + 0.05
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])

@@ -14,6 +14,7 @@ from obc_deploy.costs import layer_cost
 from obc_deploy.errors import BudgetError, LayerError, SchemeError
 from obc_deploy.search import (
     Budget,
+    ChangeCosts,
     LayerChoices,
     Metric,
     SearchSpace,
@@ -69,14 +70,23 @@ def test_dynamic_is_within_its_buckets(space, factor, buckets):
         with pytest.raises(BudgetError, match="cannot be met"):
             solve_dynamic(space, budget, buckets=buckets)
         return
-    plan = solve_dynamic(space, budget, buckets=buckets)
-    assert space.fits(plan, (budget,))
-    # Rounding takes less than a bucket a layer: nothing that leaves so much room is better.
-    cheapest = min(one.costs[Metric.MACS] for one in plans)
+    # Rounding takes less than a bucket a layer and a change: nothing that leaves so much room is
+    # better.
+    least_costs = [min(c.costs[Metric.MACS] for c in layer.choices) for layer in space.layers]
     limit = space.limits((budget,))[Metric.MACS]
-    width = (limit - cheapest) / buckets
-    tight = limit - width * len(space.layers)
+    width = (limit - math.fsum((space.fixed.get(Metric.MACS, 0.0), *least_costs))) / buckets
+    rounded = len(space.layers) * (1 if space.changes is None else 2)
+    tight = limit - width * rounded
     held = [one.loss for one in plans if one.costs[Metric.MACS] <= tight]
+    if space.changes is not None and not held:
+        # Rounding up may then leave no room for the changes that even the cheapest plan has.
+        try:
+            plan = solve_dynamic(space, budget, buckets=buckets)
+        except BudgetError:
+            return
+    else:
+        plan = solve_dynamic(space, budget, buckets=buckets)
+    assert space.fits(plan, (budget,))
     assert plan.loss <= min(held, default=math.inf) + 1e-9
     best = least(plans)
     assert best - 1e-9 <= plan.loss
@@ -85,19 +95,18 @@ def test_dynamic_is_within_its_buckets(space, factor, buckets):
 
 @settings(max_examples=80, deadline=None)
 @given(spaces(), st.lists(FACTORS, min_size=3, max_size=3))
-def test_dominated_choices_change_nothing(space, factors):
+def test_levels_leave_out_only_what_no_plan_needs(space, factors):
     budgets = tuple(map(Budget, METRICS, factors))
-    metrics = [budget.metric for budget in budgets]
-    dense = {metric: space.dense_cost(metric) for metric in metrics}
-    layers = tuple(layer.without_dominated(metrics) for layer in space.layers)
-    pruned = SearchSpace(layers, space.fixed, dense)
-    assert least(all_plans(pruned, budgets)) == least(all_plans(space, budgets))
-    for layer, before in zip(layers, space.layers, strict=True):
-        keys = [(one.loss, *(one.costs[m] for m in metrics)) for one in before.choices]
-        kept = {(one.loss, *(one.costs[m] for m in metrics)) for one in layer.choices}
-        assert len(kept) == len(layer.choices)
-        for key in keys:
-            assert any(all(a <= b for a, b in zip(other, key, strict=True)) for other in kept)
+    dense = {budget.metric: space.dense_cost(budget.metric) for budget in budgets}
+    kept = {one.layer: set(map(str, one.schemes)) for one in space.levels(budgets)}
+    layers = tuple(
+        LayerChoices(
+            layer.name, tuple(one for one in layer.choices if str(one.scheme) in kept[layer.name])
+        )
+        for layer in space.layers
+    )
+    fewer = SearchSpace(layers, space.fixed, dense, space.changes)
+    assert least(all_plans(fewer, budgets)) == least(all_plans(space, budgets))
 
 
 @settings(max_examples=40, deadline=None)
@@ -107,7 +116,9 @@ def test_order_of_the_input_breaks_no_tie(space, factor, shuffle):
         return tuple(shuffle.sample(values, len(values)))
 
     other = SearchSpace(
-        turned([LayerChoices(one.name, turned(one.choices)) for one in space.layers]), space.fixed
+        turned([LayerChoices(one.name, turned(one.choices)) for one in space.layers]),
+        space.fixed,
+        changes=space.changes,
     )
     for solve, budgets in (
         (solve_milp, (Budget(Metric.MACS, factor), Budget(Metric.SIZE, factor))),
@@ -175,6 +186,66 @@ def test_budgets_that_exclude_each_other():
     assert "cannot be met together" in str(caught.value)
     assert "macs:5x alone and macs:2.5x beside the others" in str(caught.value)
     assert "size:5x alone and size:1.25x beside the others" in str(caught.value)
+
+
+def alternating_space(change):
+    """Pruning the second and fourth of five layers is cheapest, where changes cost nothing."""
+    rows = [[(0.0, 10.0), (3.0 - 2.0 * (n % 2), 4.0)] for n in range(5)]
+    neighbours = tuple((f"layer{n}", f"layer{n + 1}") for n in range(4))
+    return space_of(
+        rows, metrics=(Metric.LATENCY,), changes=ChangeCosts(neighbours, {Metric.LATENCY: change})
+    )
+
+
+@pytest.mark.parametrize("solve", [solve_milp, solve_dynamic])
+def test_changes_make_neighbours_alike(solve):
+    def pruned(plan):
+        return [number for number, one in enumerate(plan.schemes.values()) if one.skips_zeros]
+
+    plan = solve(alternating_space(0.0), "latency:1.3x")
+    assert pruned(plan) == [1, 3]
+    assert plan.costs[Metric.LATENCY] == 38.0
+    plan = solve(alternating_space(2.0), "latency:1.3x")
+    assert plan.loss == 5.0  # three neighbours in a row, two changes
+    assert plan.costs[Metric.LATENCY] == 2 * 10.0 + 3 * 4.0 + 2 * 2.0
+    plan = solve(alternating_space(20.0), "latency:1.3x")
+    assert pruned(plan) == [0, 1, 2, 3, 4]
+    assert plan.costs[Metric.LATENCY] == 20.0
+
+
+@pytest.mark.parametrize("solve", [solve_milp, solve_dynamic])
+def test_budget_out_of_reach_counts_changes(solve):
+    rows = [[(0.0, 10.0)], [(0.0, 10.0), (1.0, 2.0)], [(0.0, 10.0)]]
+    neighbours = (("layer0", "layer1"), ("layer1", "layer2"))
+    space = space_of(
+        rows, metrics=(Metric.LATENCY,), changes=ChangeCosts(neighbours, {Metric.LATENCY: 1.0})
+    )
+    with pytest.raises(
+        BudgetError, match=r"best reachable is latency:1\.25x.*8% is what dense and"
+    ):
+        solve(space, "latency:1.3x")
+    (best,) = best_reachable(space, "latency:1.3x").values()
+    assert best == pytest.approx(30 / 24)
+
+
+def test_changes_of_bad_costs_or_other_layers():
+    for cost in (-1.0, math.nan, math.inf):
+        with pytest.raises(BudgetError, match="measure it again"):
+            ChangeCosts((), {Metric.LATENCY: cost})
+    with pytest.raises(LayerError, match="no layer 'other'"):
+        space_of(
+            rows_with_a_dense_layer(),
+            metrics=(Metric.MACS,),
+            changes=ChangeCosts((("layer0", "other"),), {}),
+        )
+    for neighbours in (
+        (("a", "b"), ("a", "c")), (("a", "c"), ("b", "c")), (("a", "b"), ("a", "b")),
+    ):  # fmt: skip
+        with pytest.raises(LayerError, match="two neighbours on one side"):
+            ChangeCosts(neighbours, {})
+    for neighbours in ((("a", "a"),), (("a", "b"), ("b", "c"), ("c", "a"))):
+        with pytest.raises(LayerError, match="in a ring"):
+            ChangeCosts(neighbours, {})
 
 
 def test_bad_input():
