@@ -33,10 +33,13 @@ _WORTH_ANNOUNCING = 1e11
 """Operations of the solver, a few seconds of work, from which its time is estimated beforehand."""
 ROWS_ELEMENTS = 1 << 20
 """Weights that a baseline works on at a time; it looks at each row of a layer alone."""
-SHARED_STEP_FACTOR = 1.25
+SHARED_STEP_FACTOR = 6.0
 SHARED_STEP_ERROR = 2e-3
 """One grid step for a whole layer is kept where the error is at most this factor times the error
-that pruning left, plus this much; else each row gets a step of its own."""
+that pruning left, plus this much; else each row gets a step of its own. A step of its own costs a
+target that wants one step a layer its fastest kernels: 1.2 to 1.4 times the latency of a CIFAR-10
+ResNet-20 with 2 to 5 such layers. Their errors with one step were 1.3 to 5 times as large, and the
+network lost 0.0 to 0.16 points by it, at 72 to 90 % zeros."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 // The sums of output channels over one group of input blocks (included once for each set).
 //
 // VNNI takes the unsigned operand from a register: so each product needs a load of its own, aligned
-// because of how tiles are packed, and four instructions a cycle leave little room for others. Hence
-// many vectors for each load of a weight, and sums that become codes before they leave the registers.
+// because of how tiles are packed, or one that serves several channels (bands.hpp). Four instructions a
+// cycle leave little room for others: hence many vectors for each load of a weight, and sums that
+// become codes before they leave the registers.
 
 struct RowsOfBlocks {
     const uint8_t* tile;
     int64_t pitch;            // bytes from a row of vectors to the next
     const uint16_t* offset;   // of the rows' blocks, one after the other
-    const int8_t* weights;
-    const ChannelRow* rows;
+    const int8_t* weights;    // of each block, a band's channels one after the other
+    const BandRow* rows;
     int64_t count;
     const int32_t* bias;      // of all output channels; null: go on from the sums
     int32_t* sums;            // of all output channels
@@ -21,76 +22,115 @@ struct RowsOfBlocks {
 
 enum class Ending { kSums, kExact, kRectified, kRectifiedWholeRange };
 
-template <int kRows, int kColumns>
-static OBC_INLINE void add_block(Lanes::Sums* sum, const uint8_t* tile, int64_t pitch, uint16_t offset,
+// The vectors kFirst to kFirst + kCount - 1 of a tile; `tile` is where the first one's row starts.
+template <int kColumns, int kChannels, int kFirst, int kCount>
+static OBC_INLINE void add_block(Lanes::Sums (*sum)[kCount], const uint8_t* tile, int64_t pitch, uint16_t offset,
                                  const int8_t* block) {
     constexpr int kVectorBytes = Lanes::kPixels * Lanes::kPixelBytes;
+    constexpr int kFirstRow = kFirst / kColumns;
+    constexpr int kLastRow = (kFirst + kCount - 1) / kColumns;
     const uint8_t* pixels = tile + static_cast<int64_t>(offset) * kOffsetUnit;
-    const Lanes::Weights weights = Lanes::weights(block);
-#pragma GCC unroll 8
-    for (int y = 0; y < kRows; ++y, pixels += pitch) {
-#pragma GCC unroll 64
+    Lanes::Weights weights[kChannels];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) weights[c] = Lanes::weights(block + c * Lanes::kWeightBytes);
+#pragma GCC unroll 28
+    for (int y = kFirstRow; y <= kLastRow; ++y, pixels += pitch) {
+#pragma GCC unroll 28
         for (int x = 0; x < kColumns; ++x) {
-            Lanes::Sums& s = sum[y * kColumns + x];
-            s = Lanes::add_products(s, pixels + x * kVectorBytes, weights);
+            const int v = y * kColumns + x - kFirst;
+            if (v < 0 || v >= kCount) continue;
+#pragma GCC unroll 4
+            for (int c = 0; c < kChannels; ++c) {
+                Lanes::Sums& s = sum[c][v];
+                s = Lanes::add_products(s, pixels + x * kVectorBytes, weights[c]);
+            }
         }
     }
 }
 
-template <int kRows, int kColumns, Ending kEnding>
-static void accumulate(const RowsOfBlocks& work) {
+// Some of the vectors of all rows: as many as leave registers for a band's sums.
+template <int kRows, int kColumns, int kChannels, Ending kEnding, int kFirst, int kCount>
+static void accumulate_vectors(const RowsOfBlocks& work) {
     constexpr int kVectors = kRows * kColumns;
-    constexpr int kChains = kVectors <= 2 ? 4 : kVectors <= 4 ? 2 : 1;
+    constexpr int kSums = kCount * kChannels;
+    constexpr int kChains = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
     constexpr int kSumVectorBytes = Lanes::kPixels * Lanes::kSumBytes;
     constexpr int kCodesBytes = (kVectors + 3) / 4 * 4 * Lanes::kPixels;
+    constexpr int kBlockBytes = kChannels * Lanes::kWeightBytes;
     const int64_t pitch = work.pitch;
-    const uint8_t* const tile = work.tile;
+    const uint8_t* const tile = work.tile + kFirst / kColumns * pitch;
     const uint16_t* offset = work.offset;
     const int8_t* block = work.weights;
-    const ChannelRow* const end = work.rows + work.count;
-    for (const ChannelRow* row = work.rows; row != end; ++row) {
-        const int64_t channel = row->channel;
-        uint8_t* const sums = reinterpret_cast<uint8_t*>(work.sums) + channel * kVectors * kSumVectorBytes;
-        Lanes::Sums sum[kVectors];
-        if (work.bias) {
-            const Lanes::Sums bias = Lanes::start(work.bias[channel]);
-#pragma GCC unroll 64
-            for (int v = 0; v < kVectors; ++v) sum[v] = bias;
-        } else {
-#pragma GCC unroll 64
-            for (int v = 0; v < kVectors; ++v) sum[v] = Lanes::load(sums + v * kSumVectorBytes);
+    const BandRow* const end = work.rows + work.count;
+    for (const BandRow* row = work.rows; row != end; ++row) {
+        uint8_t* sums[kChannels];
+        Lanes::Sums sum[kChannels][kCount];
+#pragma GCC unroll 4
+        for (int c = 0; c < kChannels; ++c) {
+            const int64_t channel = row->channel[c];
+            sums[c] = reinterpret_cast<uint8_t*>(work.sums) + (channel * kVectors + kFirst) * kSumVectorBytes;
+            if (work.bias) {
+                const Lanes::Sums bias = Lanes::start(work.bias[channel]);
+#pragma GCC unroll 28
+                for (int v = 0; v < kCount; ++v) sum[c][v] = bias;
+            } else {
+#pragma GCC unroll 28
+                for (int v = 0; v < kCount; ++v) sum[c][v] = Lanes::load(sums[c] + v * kSumVectorBytes);
+            }
         }
         // Counted up to zero from the row's end: one register for both streams, and no comparison.
         offset += row->blocks;
-        block += row->blocks * int64_t{Lanes::kWeightBytes};
+        block += row->blocks * int64_t{kBlockBytes};
         int64_t left = -int64_t{row->blocks};
         if (kChains > 1) {
-            // Too few vectors to hide an instruction's latency: sums of their own for every kChains-th block.
-            Lanes::Sums others[kChains > 1 ? kChains - 1 : 1][kVectors];
-#pragma GCC unroll 64
-            for (int v = 0; v < (kChains - 1) * kVectors; ++v) others[v / kVectors][v % kVectors] = Lanes::zero();
+            // Too few sums to hide an instruction's latency: others for every kChains-th block.
+            Lanes::Sums others[kChains > 1 ? kChains - 1 : 1][kChannels][kCount];
+#pragma GCC unroll 28
+            for (int s = 0; s < (kChains - 1) * kSums; ++s) {
+                others[s / kSums][s % kSums / kCount][s % kCount] = Lanes::zero();
+            }
             for (; left <= -kChains; left += kChains) {
-                add_block<kRows, kColumns>(sum, tile, pitch, offset[left], block + left * Lanes::kWeightBytes);
+                add_block<kColumns, kChannels, kFirst, kCount>(sum, tile, pitch, offset[left],
+                                                               block + left * kBlockBytes);
 #pragma GCC unroll 4
                 for (int c = 1; c < kChains; ++c) {
-                    add_block<kRows, kColumns>(others[c - 1], tile, pitch, offset[left + c],
-                                               block + (left + c) * Lanes::kWeightBytes);
+                    add_block<kColumns, kChannels, kFirst, kCount>(others[c - 1], tile, pitch, offset[left + c],
+                                                                   block + (left + c) * kBlockBytes);
                 }
             }
-#pragma GCC unroll 64
-            for (int v = 0; v < (kChains - 1) * kVectors; ++v) {
-                sum[v % kVectors] = Lanes::add(sum[v % kVectors], others[v / kVectors][v % kVectors]);
+#pragma GCC unroll 28
+            for (int s = 0; s < (kChains - 1) * kSums; ++s) {
+                Lanes::Sums& first = sum[s % kSums / kCount][s % kCount];
+                first = Lanes::add(first, others[s / kSums][s % kSums / kCount][s % kCount]);
             }
         }
         for (; left; ++left) {
-            add_block<kRows, kColumns>(sum, tile, pitch, offset[left], block + left * Lanes::kWeightBytes);
+            add_block<kColumns, kChannels, kFirst, kCount>(sum, tile, pitch, offset[left],
+                                                           block + left * kBlockBytes);
         }
-        if (kEnding == Ending::kSums) {
-#pragma GCC unroll 64
-            for (int v = 0; v < kVectors; ++v) Lanes::store(sums + v * kSumVectorBytes, sum[v]);
-            continue;
+#pragma GCC unroll 4
+        for (int c = 0; c < kChannels; ++c) {
+            if (kEnding == Ending::kSums) {
+#pragma GCC unroll 28
+                for (int v = 0; v < kCount; ++v) Lanes::store(sums[c] + v * kSumVectorBytes, sum[c][v]);
+                continue;
+            }
+            const int64_t channel = row->channel[c];
+            requantize<kCount, kEnding != Ending::kExact, kEnding == Ending::kRectifiedWholeRange>(
+                sum[c], work.multiplier[channel], work.range,
+                work.codes + (channel - work.first_channel) * kCodesBytes + kFirst * Lanes::kPixels);
         }
-        requantize<kVectors, kEnding != Ending::kExact, kEnding == Ending::kRectifiedWholeRange>(
-            sum, work.multiplier[channel], work.range, work.codes + (channel - work.first_channel) * kCodesBytes);
+    }
+}
+
+template <int kRows, int kColumns, int kChannels, Ending kEnding, int kFirst>
+static void accumulate(const RowsOfBlocks& work) {
+    constexpr int kVectors = kRows * kColumns;
+    // Whole fours: codes of four vectors are written together.
+    constexpr int kMost = kChannels == 1 ? kVectors : 16 / kChannels;
+    constexpr int kCount = kVectors - kFirst < kMost ? kVectors - kFirst : kMost;
+    accumulate_vectors<kRows, kColumns, kChannels, kEnding, kFirst, kCount>(work);
+    if constexpr (kFirst + kCount < kVectors) {
+        accumulate<kRows, kColumns, kChannels, kEnding, kFirst + kCount>(work);
     }
 }

@@ -115,6 +115,13 @@ struct BlockedTensors {
     uint8_t* output;          // every byte is written, borders and spare lanes too
 };
 
+// Output channels that are computed together (bands.hpp).
+constexpr int kMostBandChannels = 4;
+struct Band {
+    int32_t channel[kMostBandChannels];
+    int32_t channels;  // 1, 2 or 4
+};
+
 // The output pixels of one pass of the innermost loop: rows x columns vectors.
 struct TileShape {
     int rows;
@@ -136,6 +143,7 @@ struct ConvolutionKernels {
     int sum_bytes;     // of a pixel's sum while it is being added up
     int weight_bytes;  // of a block
     int cache_bytes;   // of packed activations that stay close to the core
+    int band_channels;  // of a band, at most
     const TileShape* shapes;
     int shape_count;
     void (*run)(const ConvolutionPlan&, const BlockedTensors&, int64_t first, int64_t last,
@@ -153,11 +161,22 @@ extern const ConvolutionKernels kAvx512VnniConvolution;  // AVX-512 F, BW, DQ, V
 // Whether this processor can run them; the last of these is the fastest.
 bool supported(const ConvolutionKernels& kernels);
 
-// The non-zero blocks of one output channel in one group of input blocks.
-struct ChannelRow {
-    int32_t channel;
+// The blocks of one band in one group of input blocks.
+struct BandRow {
+    int32_t channel[kMostBandChannels];
     int32_t blocks;
 };
+
+// The rows of a chunk's bands that have the same number of channels.
+struct BandRows {
+    int64_t row;     // the first one
+    int64_t count;
+    int64_t block;   // the first one's, in offset_
+    int64_t weight;  // and in weights_
+};
+
+// Bands have 1, 2 or 4 channels.
+constexpr int kBandSizes = 3;
 
 // Where the parts of the scratch memory start, in bytes.
 struct ScratchLayout {
@@ -206,13 +225,13 @@ public:
     // Input blocks group by group: group g is group_start_[g] to group_start_[g + 1] - 1.
     std::vector<int32_t> group_start_;
     int64_t groups() const { return static_cast<int64_t>(group_start_.size()) - 1; }
-    // Non-zero blocks by group, then chunk of chunk_ output channels, then row. In a chunk the rows
+    // Blocks by group, then chunk of chunk_ output channels, then size of the bands, then row. Rows
     // with the fewest blocks come first: a loop that runs as often as it did before is foreseen.
     int64_t chunk_;
-    std::vector<ChannelRow> rows_;
-    std::vector<int64_t> chunk_start_;  // the first block of each
+    std::vector<BandRow> rows_;
+    std::vector<BandRows> band_rows_;   // kBandSizes for each chunk of each group
     std::vector<uint16_t> offset_;      // in the packed tile, in units of kOffsetUnit bytes
-    std::vector<int8_t> weights_;       // 4 for each block, as wide as the kernel wants them
+    std::vector<int8_t> weights_;       // 4 for each block and channel, as wide as the kernel wants them
     std::vector<int32_t> bias_;         // plus kRectifiedBits where sums are rectified
     std::vector<float> multiplier_;
     bool rectified_;
@@ -222,7 +241,8 @@ public:
     ScratchLayout scratch_;
 
 private:
-    void order_blocks(const BlockWeights& weights);
+    void order_blocks(const BlockWeights& weights, const std::vector<Band>& bands);
+    void add_row(const BlockWeights& weights, const Band& band, const std::vector<int32_t>& blocks, int64_t group);
 };
 
 constexpr float kNearHalf = 0.5f - 1.0f / 4096;  // of what a reciprocal may round to the wrong side

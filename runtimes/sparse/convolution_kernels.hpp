@@ -10,11 +10,23 @@ typedef void (*Accumulate)(const RowsOfBlocks&);
 #define OBC_SHAPE(rows, columns) {rows, columns},
 static constexpr TileShape kTileShapes[] = {OBC_TILE_SHAPES(OBC_SHAPE)};
 #undef OBC_SHAPE
-#define OBC_KERNEL(rows, columns)                                                                    \
-    {&accumulate<rows, columns, Ending::kSums>, &accumulate<rows, columns, Ending::kExact>,          \
-     &accumulate<rows, columns, Ending::kRectified>, &accumulate<rows, columns, Ending::kRectifiedWholeRange>},
-static constexpr Accumulate kAccumulate[][4] = {OBC_TILE_SHAPES(OBC_KERNEL)};
-#undef OBC_KERNEL
+template <int kRows, int kColumns, int kChannels, Ending kEnding>
+static constexpr Accumulate kernel() {
+    if constexpr (kChannels > Lanes::kBandChannels) {
+        return nullptr;
+    } else {
+        return &accumulate<kRows, kColumns, kChannels, kEnding, 0>;
+    }
+}
+#define OBC_KERNELS(rows, columns, channels)                                                            \
+    {kernel<rows, columns, channels, Ending::kSums>(), kernel<rows, columns, channels, Ending::kExact>(), \
+     kernel<rows, columns, channels, Ending::kRectified>(),                                             \
+     kernel<rows, columns, channels, Ending::kRectifiedWholeRange>()},
+#define OBC_BAND_KERNELS(rows, columns) \
+    {OBC_KERNELS(rows, columns, 1) OBC_KERNELS(rows, columns, 2) OBC_KERNELS(rows, columns, 4)},
+static constexpr Accumulate kAccumulate[][kBandSizes][4] = {OBC_TILE_SHAPES(OBC_BAND_KERNELS)};
+#undef OBC_BAND_KERNELS
+#undef OBC_KERNELS
 
 #include "run_convolution.hpp"
 
@@ -49,5 +61,5 @@ static int64_t products_alone(int64_t rounds) {
 
 static constexpr ConvolutionKernels kKernels = {
     Lanes::kName,       Lanes::kPixels, Lanes::kPixelBytes, Lanes::kSumBytes, Lanes::kWeightBytes,
-    Lanes::kCacheBytes, kTileShapes,    sizeof(kTileShapes) / sizeof(kTileShapes[0]),
+    Lanes::kCacheBytes, Lanes::kBandChannels, kTileShapes,    sizeof(kTileShapes) / sizeof(kTileShapes[0]),
     &run_convolution, &products_alone};

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "bands.hpp"
 #include "block_convolution.hpp"
 
 #if defined(__x86_64__)
@@ -73,7 +74,7 @@ Geometry geometry_of(const ConvolutionShape& shape, const BlockedShape& output, 
 // An estimate of the cost in cycles, from the parts measured alone: a group of input blocks that stays
 // in the first cache is read faster, but each further group stores and loads all sums once more.
 double cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometry& g,
-               const ConvolutionKernels& kernels, int64_t blocks) {
+               const ConvolutionKernels& kernels, const int64_t* blocks) {
     const double vectors = tile.rows * tile.columns;
     const double groups = static_cast<double>(g.groups);
     const double in_blocks = static_cast<double>(shape.input.blocks());
@@ -81,8 +82,14 @@ double cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geome
     const double group_bytes = in_blocks / groups * static_cast<double>(g.block_bytes);
     const double beyond_first = std::max(0.0, 1.0 - kernels.cache_bytes / group_bytes);
     const double beyond_second = std::max(0.0, 1.0 - kOwnSecondCache / group_bytes);
-    const double a_product = 0.62 + 0.5 * beyond_first + 0.8 * beyond_second;
-    const double accumulating = static_cast<double>(blocks) * std::max(vectors * a_product + 1.5, 3.5);
+    // A single channel's block, a pair's, four channels': one load serves 1, 2, 4 products.
+    const double a_vector[kBandSizes] = {0.62 + 0.5 * beyond_first + 0.8 * beyond_second,
+                                         0.94 + 0.4 * beyond_first + 0.6 * beyond_second,
+                                         1.76 + 0.3 * beyond_first + 0.6 * beyond_second};
+    double accumulating = 0;
+    for (int size = 0; size < kBandSizes; ++size) {
+        accumulating += static_cast<double>(blocks[size]) * std::max(vectors * a_vector[size] + 1.5, 3.5);
+    }
     const double rows = channels * groups * (vectors + 14.0) + channels * (groups - 1.0) * vectors * 2.0;
     const double requantizing = channels * vectors * (g.flat ? 4.2 : 5.7);
     const double packing =
@@ -143,7 +150,9 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     residual_shape_.border = shape.residual_border;
     const int64_t out_channels = shape.out_channels;
     const int64_t in_blocks = shape.input.blocks();
-    const int64_t blocks = weights.row_start[out_channels];
+    const std::vector<Band> bands = bands_of(weights, out_channels, kernels.band_channels);
+    int64_t blocks[kBandSizes] = {};
+    for (const Band& band : bands) blocks[band.channels / 2] += static_cast<int64_t>(blocks_of(weights, band).size());
     Geometry best = {};
     double least = std::numeric_limits<double>::infinity();
     for (int t = 0; t < kernels.shape_count; ++t) {
@@ -184,8 +193,8 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     const int64_t vectors = static_cast<int64_t>(tile.rows) * tile.columns;
     const int64_t pixels = vectors * kernels.lanes;
     const int64_t channel_bytes = ceil_divide(vectors, 4) * 4 * kernels.lanes;
-    chunk_ = std::max<int64_t>(1, kChunkBytes / channel_bytes / kBlock) * kBlock;
-    order_blocks(weights);
+    chunk_ = std::max<int64_t>(1, kChunkBytes / channel_bytes / kBandWindow) * kBandWindow;
+    order_blocks(weights, bands);
 
     bias_.assign(requantization.bias, requantization.bias + out_channels);
     multiplier_.assign(requantization.multiplier, requantization.multiplier + out_channels);
@@ -215,41 +224,60 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     scratch_.bytes_in_all = bytes + kAlignment;
 }
 
-void ConvolutionPlan::order_blocks(const BlockWeights& weights) {
-    const int64_t out_channels = shape_.out_channels;
+void ConvolutionPlan::order_blocks(const BlockWeights& weights, const std::vector<Band>& bands) {
     const int64_t in_blocks = shape_.input.blocks();
-    const int64_t vector_bytes = static_cast<int64_t>(kernels_->lanes) * kernels_->pixel_bytes;
-    const auto in_group = [&](int32_t index, int64_t g) {
-        return index % in_blocks >= group_start_[g] && index % in_blocks < group_start_[g + 1];
+    struct Row {
+        const Band* band;
+        std::vector<int32_t> blocks;
     };
     for (int64_t g = 0; g < groups(); ++g) {
-        for (int64_t first = 0; first < out_channels; first += chunk_) {
-            const auto chunk = static_cast<std::ptrdiff_t>(rows_.size());
-            for (int64_t o = first; o < std::min(first + chunk_, out_channels); ++o) {
-                const auto blocks = std::count_if(
-                    weights.block_index + weights.row_start[o], weights.block_index + weights.row_start[o + 1],
-                    [&](int32_t index) { return in_group(index, g); });
-                rows_.push_back(ChannelRow{static_cast<int32_t>(o), static_cast<int32_t>(blocks)});
+        for (size_t start = 0; start < bands.size();) {
+            // A window's bands are next to one another, so a chunk's are too.
+            const int64_t chunk = bands[start].channel[0] / chunk_;
+            std::vector<Row> rows[kBandSizes];
+            for (; start < bands.size() && bands[start].channel[0] / chunk_ == chunk; ++start) {
+                Row row = {&bands[start], blocks_of(weights, bands[start])};
+                const auto elsewhere = [&](int32_t index) {
+                    return index % in_blocks < group_start_[g] || index % in_blocks >= group_start_[g + 1];
+                };
+                row.blocks.erase(std::remove_if(row.blocks.begin(), row.blocks.end(), elsewhere), row.blocks.end());
+                rows[row.band->channels / 2].push_back(std::move(row));
             }
-            std::stable_sort(rows_.begin() + chunk, rows_.end(),
-                             [](const ChannelRow& a, const ChannelRow& b) { return a.blocks < b.blocks; });
-            chunk_start_.push_back(static_cast<int64_t>(offset_.size()));
-            for (auto row = rows_.begin() + chunk; row != rows_.end(); ++row) {
-                for (int64_t b = weights.row_start[row->channel]; b < weights.row_start[row->channel + 1]; ++b) {
-                    const int32_t index = weights.block_index[b];
-                    if (!in_group(index, g)) continue;
-                    const int64_t position = index / in_blocks;
-                    const int64_t vector =
-                        ((index % in_blocks - group_start_[g]) * position_rows_ +
-                         row_slot_[position / shape_.kernel_width]) * position_columns_ +
-                        column_slot_[position % shape_.kernel_width];
-                    offset_.push_back(static_cast<uint16_t>(vector * vector_bytes / kOffsetUnit));
-                    for (int c = 0; c < kBlock; ++c) {
-                        const int8_t weight = weights.values[b * kBlock + c];
-                        weights_.push_back(weight);
-                        if (kernels_->weight_bytes == 2 * kBlock) weights_.push_back(weight < 0 ? -1 : 0);
-                    }
-                }
+            for (std::vector<Row>& same : rows) {
+                std::stable_sort(same.begin(), same.end(),
+                                 [](const Row& a, const Row& b) { return a.blocks.size() < b.blocks.size(); });
+                band_rows_.push_back(BandRows{static_cast<int64_t>(rows_.size()), static_cast<int64_t>(same.size()),
+                                              static_cast<int64_t>(offset_.size()),
+                                              static_cast<int64_t>(weights_.size())});
+                for (const Row& row : same) add_row(weights, *row.band, row.blocks, g);
+            }
+        }
+    }
+}
+
+void ConvolutionPlan::add_row(const BlockWeights& weights, const Band& band, const std::vector<int32_t>& blocks,
+                              int64_t group) {
+    const int64_t in_blocks = shape_.input.blocks();
+    const int64_t vector_bytes = static_cast<int64_t>(kernels_->lanes) * kernels_->pixel_bytes;
+    BandRow row = {};
+    std::copy_n(band.channel, kMostBandChannels, row.channel);
+    row.blocks = static_cast<int32_t>(blocks.size());
+    rows_.push_back(row);
+    for (const int32_t index : blocks) {
+        const int64_t position = index / in_blocks;
+        const int64_t vector = ((index % in_blocks - group_start_[group]) * position_rows_ +
+                                row_slot_[position / shape_.kernel_width]) * position_columns_ +
+                               column_slot_[position % shape_.kernel_width];
+        offset_.push_back(static_cast<uint16_t>(vector * vector_bytes / kOffsetUnit));
+        for (int32_t b = 0; b < band.channels; ++b) {
+            const int32_t* const first = weights.block_index + weights.row_start[band.channel[b]];
+            const int32_t* const last = weights.block_index + weights.row_start[band.channel[b] + 1];
+            const int32_t* const found = std::lower_bound(first, last, index);
+            const bool present = found != last && *found == index;
+            for (int c = 0; c < kBlock; ++c) {
+                const int8_t weight = present ? weights.values[(found - weights.block_index) * kBlock + c] : int8_t{0};
+                weights_.push_back(weight);
+                if (kernels_->weight_bytes == 2 * kBlock) weights_.push_back(weight < 0 ? -1 : 0);
             }
         }
     }

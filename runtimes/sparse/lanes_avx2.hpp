@@ -46,6 +46,7 @@ struct Lanes {
     static constexpr bool kOneInstruction = false;  // add_products
     static constexpr int kSumBytes = 8;
     static constexpr int kCacheBytes = 24 * 1024;
+    static constexpr int kBandChannels = 1;
 
     struct Sums {
         __m256i low;  // of pixels 0 to 3

@@ -10,6 +10,7 @@ struct Lanes {
     static constexpr bool kOneInstruction = true;  // add_products
     static constexpr int kSumBytes = 4;
     static constexpr int kCacheBytes = 24 * 1024;
+    static constexpr int kBandChannels = 1;
 
     typedef __m256i Sums;
     typedef __m256i Weights;

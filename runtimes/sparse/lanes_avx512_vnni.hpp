@@ -156,6 +156,7 @@ struct Lanes {
     static constexpr bool kOneInstruction = true;  // add_products
     static constexpr int kSumBytes = 4;
     static constexpr int kCacheBytes = 24 * 1024;
+    static constexpr int kBandChannels = 4;
 
     typedef __m512i Sums;
     typedef __m512i Weights;

@@ -162,6 +162,7 @@ struct Lanes {
     static constexpr bool kOneInstruction = false;  // add_products
     static constexpr int kSumBytes = 4;
     static constexpr int kCacheBytes = 24 * 1024;
+    static constexpr int kBandChannels = 1;
 
     struct Sums {
         int32_t lane[kPixels];

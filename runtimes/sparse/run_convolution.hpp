@@ -250,9 +250,7 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
                              reinterpret_cast<PixelRun*>(memory + layout.pixel_runs),
                              reinterpret_cast<BorderRun*>(memory + layout.border_runs)};
     __builtin_memset(scratch.spare, plan.range_.zero_point, static_cast<size_t>(layout.pixels - layout.spare));
-    const Accumulate* const kernels = kAccumulate[plan.tile_];
-    const Accumulate to_sums = kernels[static_cast<int>(Ending::kSums)];
-    const Accumulate to_codes = kernels[static_cast<int>(ending_of(plan))];
+    const int ending = static_cast<int>(ending_of(plan));
     const int64_t groups = plan.groups();
     RowsOfBlocks work = {};
     work.tile = scratch.tile;
@@ -268,24 +266,25 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
         } else {
             place_subtiles(plan, tensors, tile, shape, scratch, place);
         }
-        const int64_t* block = plan.chunk_start_.data();
+        const BandRows* rows = plan.band_rows_.data();
         for (int64_t g = 0; g < groups; ++g) {
+            const bool last_group = g + 1 == groups;
             pack_group(plan, tensors, place, scratch, plan.group_start_[g], plan.group_start_[g + 1]);
             work.bias = g == 0 ? plan.bias_.data() : nullptr;
             for (int64_t channel = 0; channel < plan.shape_.out_channels; channel += plan.chunk_) {
-                const int64_t rest = plan.shape_.out_channels - channel;
-                work.count = rest < plan.chunk_ ? rest : plan.chunk_;
-                work.rows = plan.rows_.data() + g * plan.shape_.out_channels + channel;
-                work.offset = plan.offset_.data() + *block;
-                work.weights = plan.weights_.data() + *block * Lanes::kWeightBytes;
                 work.first_channel = channel;
-                ++block;
-                if (g + 1 < groups) {
-                    to_sums(work);
-                    continue;
+                for (int size = 0; size < kBandSizes; ++size, ++rows) {
+                    if (rows->count == 0) continue;
+                    work.rows = plan.rows_.data() + rows->row;
+                    work.count = rows->count;
+                    work.offset = plan.offset_.data() + rows->block;
+                    work.weights = plan.weights_.data() + rows->weight;
+                    kAccumulate[plan.tile_][size][last_group ? ending : static_cast<int>(Ending::kSums)](work);
                 }
-                to_codes(work);
-                write_chunk(plan, tensors, place, scratch, shape, channel, channel + work.count);
+                if (!last_group) continue;
+                const int64_t rest = plan.shape_.out_channels - channel;
+                const int64_t count = rest < plan.chunk_ ? rest : plan.chunk_;
+                write_chunk(plan, tensors, place, scratch, shape, channel, channel + count);
             }
         }
     }

@@ -151,6 +151,45 @@ def test_sparse_convolution_equals_qlinearconv(
     np.testing.assert_array_equal(from_blocks(made, outputs, border, how.output_zero_point), wanted)
 
 
+TOGETHER = (0, 0, 0, 0, 1, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 7, 8, 9, 8, 9, 8, 9, 8, 10, 10, 11)
+"""Output channels with the same number have the same blocks: fours, pairs, and some alone."""
+
+
+@QUICK
+@given(
+    st.sampled_from([(1, 1), (2, 2), (4, 5), (7, 7), (8, 16), (14, 28), (30, 31)]),
+    st.sampled_from([(1, 7), (1, 40), (1, 520), (3, 7), (3, 24), (3, 132)]),
+    st.sampled_from([0.05, 0.3, 0.8, 1.0]), QUANTIZED, SEEDS, SETS,
+)  # fmt: skip
+def test_channels_that_share_their_blocks_equal_qlinearconv(
+    size, kernel_and_channels, density, how, seed, instructions
+):
+    kernel, channels = kernel_and_channels
+    image = Image(1, channels, *size, seed)
+    border = kernel // 2
+    where = Windows((kernel, kernel), (1, 1), (border,) * 4)
+    random = image.random()
+    weight = block_sparse(random, len(TOGETHER), channels, kernel, kernel, 1.0)
+    kept = random.random((max(TOGETHER) + 1, -(-channels // 4), kernel, kernel)) < density
+    # One block more for some: bands then hold zeros of channels that do not have it.
+    kept = kept[list(TOGETHER)] | (random.random((len(TOGETHER), *kept.shape[1:])) < 0.02)
+    weight *= np.repeat(kept, 4, axis=1)[:, :channels].astype(np.int8)
+    scale, bias = how.weight_scale(random, len(weight)), how.bias(random, len(weight))
+    graph = Graph()
+    codes = image.codes()
+    expected = reference(graph, graph.input("x", codes), weight, scale, bias, how, where)
+    blocks = to_blocks(codes, border, how.input_zero_point)
+    found = sparse_convolution(
+        graph, graph.input("blocked", blocks), weight, scale, bias,
+        input_border=border, border=1, **how.attributes(), **where.attributes(),
+    )  # fmt: skip
+    with sparse.use_instruction_set(instructions):
+        wanted, made = graph.run(
+            {"x": codes, "blocked": blocks}, {expected: UINT8, found: UINT8}, 1
+        )
+    np.testing.assert_array_equal(from_blocks(made, len(weight), 1, how.output_zero_point), wanted)
+
+
 @QUICK
 @given(
     st.data(), IMAGES, CHANNELS, BORDERS, BORDERS, QUANTIZED, SCALES, CODES, SCALES, CODES,
