@@ -10,9 +10,12 @@ the same turns a loop of products in registers alone measures the limit:
 
     share of the limit = non-zero blocks x output pixels / (time x products in registers a second)
 
+With `--together 4` every four output channels have the same blocks, as a solver might make them;
+our kernels then load the pixels once for all four.
+
 DeepSparse runs the same weights in its own process between the turns, and its own profile says how
 long the convolution took. Ratios are medians over turns. Writes `results/sparse-kernels` as JSON
-and Markdown.
+and Markdown, `-together-4` behind the name.
 """
 
 from __future__ import annotations
@@ -198,11 +201,11 @@ class Layer:
         return (batch, self.shape.channels, self.shape.size, self.shape.size)
 
 
-def layer_of(shape: Shape, zeros: float, seed: int = 0) -> Layer:
-    """Random weights, a share of whose blocks is zero."""
+def layer_of(shape: Shape, zeros: float, together: int = 1, seed: int = 0) -> Layer:
+    """Random weights, a share of whose blocks is zero: the same for `together` output channels."""
     rng = np.random.default_rng(seed)
     weights = (shape.outputs, shape.channels, shape.kernel, shape.kernel)
-    codes = block_sparse_codes(rng, weights, zeros)
+    codes = block_sparse_codes(rng, weights, zeros, together)
     return Layer(shape, codes, rng.integers(-99, 99, shape.outputs))
 
 
@@ -282,8 +285,9 @@ def products_a_microsecond() -> float:
 
 
 def measure(
-    shape: Shape, batch: int, threads: int, *, turns: int, inferences: int, deepsparse: bool
-) -> list[Row]:
+    shape: Shape, batch: int, threads: int, *, turns: int, inferences: int, deepsparse: bool,
+    together: int = 1,
+) -> list[Row]:  # fmt: skip
     """All sparsities of one shape.
 
     Args:
@@ -293,12 +297,13 @@ def measure(
         turns: in which sessions are run one after the other.
         inferences: of each session in a turn; the first of them is not counted.
         deepsparse: compare with it too.
+        together: output channels in a row that have the same blocks.
 
     Raises:
         MeasurementError: our operator's codes are not ONNX Runtime's.
         RuntimeFailedError: DeepSparse refused a graph.
     """
-    layers = {zeros: layer_of(shape, zeros) for zeros in ZEROS}
+    layers = {zeros: layer_of(shape, zeros, together) for zeros in ZEROS}
     inputs = (batch, shape.channels, shape.size, shape.size)
     x = np.random.default_rng(1).integers(0, 256, inputs, dtype=np.uint8)
     rates: list[float] = []
@@ -453,8 +458,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--deepsparse", action="store_true", help="compare with it, in batches of 1"
     )
+    parser.add_argument(
+        "--together", type=int, default=1, help="output channels that have the same blocks"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.together < 1:
+        parser.error(f"--together {options.together}: give 1 or more")
     if not sparse.is_available():
         print(f"error: the sparse kernels are missing: {sparse.why_missing()}", file=sys.stderr)
         return 2
@@ -474,6 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows += measure(
                 shape, batch, threads, turns=options.turns, inferences=options.inferences,
                 deepsparse=options.deepsparse and batch == 1 and threads == 1,
+                together=options.together,
             )  # fmt: skip
             left = (time.monotonic() - begin) / (place + 1) * (len(cases) - place - 1)
             print(
@@ -484,15 +495,19 @@ def main(arguments: list[str] | None = None) -> int:
     except ObcDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    alike = ""
+    if options.together > 1:
+        alike = f"; every {options.together} output channels have the same blocks"
     text = (
         f"# Sparse convolutions\n\n{record.head}, {sparse.instruction_set()}; int8, "
         f"{options.turns} turns of {options.inferences - 1} counted inferences of each operator; "
-        f"{len(shapes)} shapes at 224 pixels.\n\nGeometric means over the shapes:\n\n"
+        f"{len(shapes)} shapes at 224 pixels{alike}.\n\nGeometric means over the shapes:\n\n"
         f"{summary(rows)}\n\nEach shape, speedup over ONNX Runtime's dense int8 by share of zero "
         f"blocks:\n\n{details(rows)}\n"
     )
     results = {"instruction_set": sparse.instruction_set(), "rows": [asdict(row) for row in rows]}
-    record.write(options.output, "sparse-kernels", results, text)
+    suffix = f"-together-{options.together}" if options.together > 1 else ""
+    record.write(options.output, f"sparse-kernels{suffix}", results, text)
     return 0
 
 

@@ -151,12 +151,20 @@ class Case:
 
 
 def block_sparse_codes(
-    rng: np.random.Generator, shape: tuple[int, ...], zeros: float
+    rng: np.random.Generator, shape: tuple[int, ...], zeros: float, together: int = 1
 ) -> npt.NDArray[Any]:
-    """int8 weights whose blocks of four input channels are zero with a probability."""
+    """int8 weights whose blocks of four input channels are zero with a probability.
+
+    Args:
+        rng: random numbers.
+        shape: (outputs, channels, kernel height, kernel width).
+        zeros: the probability.
+        together: so many output channels in a row have the same blocks.
+    """
     outputs, channels = shape[:2]
     codes = rng.integers(1, 40, shape) * rng.choice([-1, 1], shape)
-    keep = rng.random((outputs, -(-channels // 4), *shape[2:])) >= zeros
+    keep = rng.random((-(-outputs // together), -(-channels // 4), *shape[2:])) >= zeros
+    keep = np.repeat(keep, together, axis=0)[:outputs]
     mask = np.repeat(keep, 4, axis=1)[:, :channels]
     masked: npt.NDArray[Any] = (codes * mask).astype(np.int8)
     return masked

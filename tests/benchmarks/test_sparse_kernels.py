@@ -47,6 +47,15 @@ def test_weights_have_their_share_of_zero_blocks(zeros: float) -> None:
     assert layer.block_pixels == blocks.sum() * 64
 
 
+def test_channels_may_have_the_same_blocks() -> None:
+    codes = layer_of(Shape("small", 16, 8, 3, 1, 10), 0.6, together=4).codes
+    kept = codes.reshape(10, 4, 4, 9).any(axis=2).reshape(10, -1)
+    for first in (0, 4, 8):
+        assert (kept[first : first + 4] == kept[first]).all()
+    assert (kept[0] != kept[4]).any()
+    assert (codes[0] != codes[1]).any()
+
+
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [SMALL, Shape("small", 10, 9, 1, 2, 12)])
