@@ -61,14 +61,17 @@ class CustomOperator : public ort::CustomOp {
         const ort::Api& api;
         std::string node;
         typename Op::Options options;
-        std::vector<bool> constant;
+        std::vector<std::optional<Tensor>> constants;  // of inputs that have to be
         Op op;
 
         Kernel(const ort::Api& host_api, std::string name, const Attributes& attributes,
-               const Constants& constants)
+               const Constants& known)
             : api(host_api), node(std::move(name)), options(attributes),
-              constant(std::size(Op::kInputs)), op(options, constants) {
-            for (size_t i = 0; i < constant.size(); ++i) constant[i] = constants.find(i).has_value();
+              constants(std::size(Op::kInputs)), op(options, known) {
+            for (size_t i = 0; i < constants.size(); ++i) {
+                const Kind kind = Op::kInputs[i].kind;
+                if (kind == Kind::kConstant || kind == Kind::kOptionalConstant) constants[i] = known.find(i);
+            }
         }
     };
 
@@ -131,12 +134,13 @@ class CustomOperator : public ort::CustomOp {
     static ort::Status* compute(void* kernel, ort::KernelContext* context) {
         const Kernel& mine = *static_cast<const Kernel*>(kernel);
         return status_of(mine.api, mine.node, [&] {
-            const Run run(mine.api, context);
+            const Run run(mine.api, context, mine.constants);
             check_inputs(mine, run);
             std::vector<Shape> shapes;
+            shapes.reserve(run.inputs().size());
             for (const Tensor& input : run.inputs()) shapes.push_back(input.shape);
             const Shape shape = mine.options.output_shape(shapes);
-            const Tensor output = run.output(shape);
+            const Tensor output = run.output(Op::kOutput, shape);
             for (int64_t size : shape) {
                 if (size == 0) return;  // nothing to compute
             }
@@ -155,7 +159,7 @@ class CustomOperator : public ort::CustomOp {
                 refuse("input '", input.name, "' has element type ", int(run.input(i).type),
                        ", expected ", int(input.type));
             }
-            if (input.kind == Kind::kOptionalConstant && !kernel.constant[i]) {
+            if (input.kind == Kind::kOptionalConstant && !kernel.constants[i]) {
                 refuse("input '", input.name, "' is computed, expected an initializer");
             }
         }

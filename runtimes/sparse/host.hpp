@@ -46,6 +46,8 @@ struct Tensor {
 inline Shape dimensions(const ort::Api& api, const ort::TensorInfo* info) {
     size_t rank = 0;
     require(api.get_dimensions_count(info, &rank));
+    if (rank > kMostDimensions)
+        refuse("a tensor has ", rank, " dimensions, expected ", kMostDimensions, " at most");
     Shape shape(rank);
     if (rank) require(api.get_dimensions(info, shape.data(), rank));
     return shape;
@@ -99,11 +101,17 @@ class Constants {
 // One run of one operator.
 class Run {
   public:
-    Run(const ort::Api& api, ort::KernelContext* context) : api_(api), context_(context) {
+    // Inputs of `known` are the same in each run: asking the host for a tensor takes a while.
+    Run(const ort::Api& api, ort::KernelContext* context, const std::vector<std::optional<Tensor>>& known)
+        : api_(api), context_(context) {
         size_t count = 0;
         require(api.kernel_context_get_input_count(context, &count));
         inputs_.reserve(count);
         for (size_t i = 0; i < count; ++i) {
+            if (i < known.size() && known[i]) {
+                inputs_.push_back(*known[i]);
+                continue;
+            }
             const ort::Value* value = nullptr;
             require(api.kernel_context_get_input(context, i, &value));
             inputs_.push_back(value ? tensor(api, value) : Tensor{});
@@ -116,16 +124,19 @@ class Run {
         return index < inputs_.size() && inputs_[index].type != ort::kUndefined;
     }
 
-    Tensor output(const Shape& shape) const {
+    Tensor output(ort::ElementType type, const Shape& shape) const {
         ort::Value* value = nullptr;
         require(api_.kernel_context_get_output(context_, 0, shape.data(), shape.size(), &value));
-        return tensor(api_, value);
+        Tensor output{type, shape};
+        require(api_.get_tensor_mutable_data(value, &output.data));
+        return output;
     }
 
     // Calls body(0) to body(total - 1), spread over the session's own threads.
     template <class Body>
     void parallel(int64_t total, const Body& body) const {
         if (total <= 0) return;
+        if (total == 1) return body(0);
         struct Shared {
             const Body& body;
             std::atomic<bool> failed{false};

@@ -1,14 +1,12 @@
 // How a model that contradicts OPERATORS.md is turned down.
 #pragma once
 
-#include <cstdint>
 #include <sstream>
 #include <string>
-#include <vector>
+
+#include "shape.hpp"
 
 namespace obc::sparse {
-
-using Shape = std::vector<int64_t>;
 
 // Thrown inside this library only; the operator's adapter makes a status of it.
 struct Malformed {

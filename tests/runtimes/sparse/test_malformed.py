@@ -298,6 +298,7 @@ def test_weights_for_channels_that_are_not_there():
         (WITH_RESIDUAL, {"residual": np.zeros((2, 1, 4, 4, 4), np.uint8)}, "input 'residual' has"),
         (DEPTHWISE, {"x": BLOCKED[:, :1].copy()}, "input 'x' has shape"),
         (LINEAR, {"x": np.zeros((), np.uint8)}, r"input 'x' has shape \[\], expected \[..., 6\]"),
+        (LINEAR, {"x": np.zeros((1,) * 8 + (6,), np.uint8)}, "9 dimensions, expected 8 at most"),
         (LINEAR_FLOAT, {"x": np.zeros((6, 1), np.float32)}, r"input 'x' has shape \[6, 1\]"),
         (TO_BLOCKS, {"x": BLOCKED}, r"input 'x' has shape .* expected \[N, C, H, W\]"),
         (TO_BLOCKS, {"x": np.zeros((1, 5, 0, 4), np.uint8)}, "input 'x' has shape"),
