@@ -97,6 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     table = planner.table
+    change = ""
+    if table is not None and table.change_ms > 0.0:
+        change = (
+            "\nWhere a layer that skips zeros is next to one that does not, the runtime takes "
+            f"{1e3 * table.change_ms:.0f} us more; plans count that.\n"
+        )
     predicted = predicted_speedups(planner, models)
     curve = curve_of(models, predicted, measurements, target=target.name)
     error_text = f"\n{curve.accuracy_of_predictions}\n" if curve.accuracy_of_predictions else ""
@@ -116,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"# {options.network} on {target.name}: budgets\n\n{record.head}, {options.threads} "
         f"thread, batch 1, {mode}; accuracy in PyTorch on {curve.samples} test images{dense}; "
         f"speedups over dense fp32 in the same runtime and run.\n\n{curve_table(curve)}\n"
-        f"{error_text}"
+        f"{error_text}{change}"
     )
     record.write(
         options.output, name,
