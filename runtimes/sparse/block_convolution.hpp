@@ -161,6 +161,42 @@ extern const ConvolutionKernels kAvx512VnniConvolution;  // AVX-512 F, BW, DQ, V
 // Whether this processor can run them; the last of these is the fastest.
 bool supported(const ConvolutionKernels& kernels);
 
+constexpr int kMostLanes = 16;
+
+struct PixelRun {  // flat: neighbouring pixels in all tensors
+    int64_t input;  // bytes from the tensor's start, in its first block
+    int64_t output;
+    int64_t residual;
+    int32_t position;  // in the tile's list
+    int32_t pixels;
+};
+
+struct BorderRun {  // pixels of the output's border that fall to one tile
+    int64_t output;
+    int64_t pixels;
+};
+
+// Where a tile's pixels are (tile_places.cpp).
+struct TilePlace {
+    // Subtiles, one a lane: bytes from the tensors' starts.
+    int64_t input[kMostLanes];
+    int64_t residual[kMostLanes];
+    int64_t output[kMostLanes];
+    int32_t rows_before[kMostLanes];  // that belong to the subtile above, and are not written again
+    int32_t columns_before[kMostLanes];
+    int32_t present;  // lanes; those beyond are as the last one, and nobody needs them
+    bool whole;       // no lane leaves anything to another
+    // The lanes are neighbouring pixels, four at a time.
+    bool fours_in;
+    bool fours_out;
+    bool fours_residual;
+    // Of the plan's lists.
+    int64_t first_pixel_run;
+    int64_t pixel_runs;
+    int64_t first_border_run;
+    int64_t border_runs;
+};
+
 // The blocks of one band in one group of input blocks.
 struct BandRow {
     int32_t channel[kMostBandChannels];
@@ -185,8 +221,6 @@ struct ScratchLayout {
     int64_t spare;
     int64_t pixels;
     int64_t residual;
-    int64_t pixel_runs;
-    int64_t border_runs;
     int64_t bytes_in_all;
 };
 
@@ -222,6 +256,9 @@ public:
     std::vector<int32_t> row_slot_;
     std::vector<int32_t> column_slot_;
     std::vector<int32_t> straight_;  // 0, 1, 2...: the slots of a residual's rows and columns
+    std::vector<TilePlace> places_;  // of each tile
+    std::vector<PixelRun> pixel_runs_;
+    std::vector<BorderRun> border_runs_;
     // Input blocks group by group: group g is group_start_[g] to group_start_[g + 1] - 1.
     std::vector<int32_t> group_start_;
     int64_t groups() const { return static_cast<int64_t>(group_start_.size()) - 1; }
@@ -241,6 +278,10 @@ public:
     ScratchLayout scratch_;
 
 private:
+    void place_tiles();
+    void place_flat(int64_t tile, TilePlace& place);
+    void place_subtiles(int64_t tile, TilePlace& place);
+    void own_border(int64_t image, int64_t y, int64_t first_x, int64_t last_x);
     void order_blocks(const BlockWeights& weights, const std::vector<Band>& bands);
     void add_row(const BlockWeights& weights, const Band& band, const std::vector<int32_t>& blocks, int64_t group);
 };
@@ -248,8 +289,6 @@ private:
 constexpr float kNearHalf = 0.5f - 1.0f / 4096;  // of what a reciprocal may round to the wrong side
 constexpr int kOffsetUnit = 8;
 constexpr int kAlignment = 64;
-constexpr int kPixelRunBytes = 32;
-constexpr int kBorderRunBytes = 16;
 
 }  // namespace sparse
 }  // namespace obc

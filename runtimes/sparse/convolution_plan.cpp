@@ -195,6 +195,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     const int64_t channel_bytes = ceil_divide(vectors, 4) * 4 * kernels.lanes;
     chunk_ = std::max<int64_t>(1, kChunkBytes / channel_bytes / kBandWindow) * kBandWindow;
     order_blocks(weights, bands);
+    place_tiles();
 
     bias_.assign(requantization.bias, requantization.bias + out_channels);
     multiplier_.assign(requantization.multiplier, requantization.multiplier + out_channels);
@@ -219,8 +220,6 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     scratch_.spare = reserve(channel_bytes);
     scratch_.pixels = reserve(channel_bytes * kBlock);
     scratch_.residual = reserve(residual.present ? channel_bytes * kBlock : 0);
-    scratch_.pixel_runs = reserve(flat_ ? pixels * kPixelRunBytes : 0);
-    scratch_.border_runs = reserve(2 * pixels * kBorderRunBytes);
     scratch_.bytes_in_all = bytes + kAlignment;
 }
 

@@ -5,43 +5,11 @@
 // holds the same position of all lanes' rectangles; so a shift by a kernel position is another
 // vector, and no load is ever unaligned.
 
-struct PixelRun {  // flat: neighbouring pixels in all tensors
-    int64_t input;  // bytes from the tensor's start, in its first block
-    int64_t output;
-    int64_t residual;
-    int32_t position;  // in the tile's list
-    int32_t pixels;
-};
-
-struct BorderRun {  // pixels of the output's border that fall to this tile
-    int64_t output;
-    int64_t pixels;
-};
-
-static_assert(sizeof(PixelRun) == kPixelRunBytes && sizeof(BorderRun) == kBorderRunBytes, "scratch");
-
-struct Subtiles {
+struct Subtiles {  // where each lane's starts
     const uint8_t* input[Lanes::kPixels];
     const uint8_t* residual[Lanes::kPixels];
     uint8_t* output[Lanes::kPixels];
-    int32_t rows_before[Lanes::kPixels];  // that belong to the subtile above, and are not written again
-    int32_t columns_before[Lanes::kPixels];
-    bool whole;  // no lane leaves anything to another
-    int present;  // lanes; those beyond are as the last one, and nobody needs them
-    // The lanes are neighbouring pixels, four at a time.
-    bool fours_in;
-    bool fours_out;
-    bool fours_residual;
 };
-
-// Whether lanes are neighbours in memory, four at a time.
-static bool are_fours(const uint8_t* const* lanes) {
-    bool fours = true;
-    for (int lane = 0; lane < Lanes::kPixels; ++lane) {
-        fours &= lane % 4 == 0 || lanes[lane] - lanes[lane - 1] == kBlock;
-    }
-    return fours;
-}
 
 // One position of a vector, where the rows are too short for four.
 template <class Pixels>
@@ -87,25 +55,25 @@ static void pack_subtiles(uint8_t* to, const uint8_t* const* lanes, int present,
 // A row's columns four at a time; the last four may overlap those before.
 static OBC_INLINE int next_four(int column, int columns) { return column + 8 <= columns ? column + 4 : columns - 4; }
 
-static void unpack_subtiles(const Subtiles& subtiles, int64_t offset, int64_t row_bytes, int rows,
+static void unpack_subtiles(const TilePlace& place, const Subtiles& subtiles, int64_t offset, int64_t row_bytes, int rows,
                             int columns, const uint8_t* from) {
     constexpr int kCodeBytes = Lanes::kPixels * kBlock;
     for (int row = 0; row < rows; ++row, offset += row_bytes, from += columns * kCodeBytes) {
-        for (int column = 0; columns >= 4 && subtiles.whole; column = next_four(column, columns)) {
+        for (int column = 0; columns >= 4 && place.whole; column = next_four(column, columns)) {
             Codes::unpack_four(subtiles.output, offset + column * kBlock, from + column * kCodeBytes);
             if (column == columns - 4) break;
         }
-        if (columns >= 4 && subtiles.whole) continue;
-        if (columns == 1 && subtiles.whole && subtiles.fours_out) {
+        if (columns >= 4 && place.whole) continue;
+        if (columns == 1 && place.whole && place.fours_out) {
 #pragma GCC unroll 4
             for (int lane = 0; lane < Lanes::kPixels; lane += 4) {
                 __builtin_memcpy(subtiles.output[lane] + offset, from + lane * kBlock, 4 * kBlock);
             }
             continue;
         }
-        for (int lane = 0; lane < subtiles.present; ++lane) {
-            if (row < subtiles.rows_before[lane]) continue;
-            const int first = subtiles.columns_before[lane];
+        for (int lane = 0; lane < place.present; ++lane) {
+            if (row < place.rows_before[lane]) continue;
+            const int first = place.columns_before[lane];
             const uint8_t* const pixels = from + lane * kBlock;
             uint8_t* const to = subtiles.output[lane] + offset;
             for (int column = first; column < columns; ++column) {

@@ -7,142 +7,46 @@ struct Scratch {
     uint8_t* spare;     // codes of a channel that does not exist
     uint8_t* pixels;    // codes of four output channels, pixel by pixel
     uint8_t* residual;  // and of the residual's
-    PixelRun* pixel_runs;
-    BorderRun* border_runs;
 };
 
-struct TilePlace {
+// Where a tile is: in the plan, and in the tensors of this run.
+struct Place {
+    const TilePlace& at;
+    const PixelRun* pixel_runs;
+    const BorderRun* border_runs;
     Subtiles subtiles;
-    int64_t pixel_runs;
-    int64_t border_runs;
 };
 
-// The border of an image that belongs to the pixels first_x to last_x - 1 of its row y: what lies
-// before its first pixel, and after the row's end up to the next row's first pixel.
-static int64_t own_border(const BlockedShape& output, int64_t image, int64_t y, int64_t first_x,
-                          int64_t last_x, BorderRun* runs) {
-    if (output.border == 0) return 0;
-    const int64_t start = image * output.image_bytes();
-    int64_t count = 0;
-    if (y == 0 && first_x == 0) runs[count++] = BorderRun{start, output.offset(0, 0) / kBlock};
-    if (last_x == output.width) {
-        const int64_t row_end = output.offset(y, output.width);
-        const int64_t next = y + 1 == output.height ? output.plane_bytes() : output.offset(y + 1, 0);
-        runs[count++] = BorderRun{start + row_end, (next - row_end) / kBlock};
-    }
-    return count;
-}
-
-static void place_flat(const ConvolutionPlan& plan, int64_t tile, int64_t tile_pixels,
-                       const Scratch& scratch, TilePlace& place) {
-    const BlockedShape& input = plan.shape_.input;
-    const BlockedShape& output = plan.output_;
-    const BlockedShape& residual = plan.residual_shape_;
-    const int64_t stride = plan.shape_.stride;
-    const int64_t image_pixels = output.height * output.width;
-    const int64_t begin = tile * tile_pixels;
-    int64_t end = begin + tile_pixels;
-    if (end > output.images * image_pixels) end = output.images * image_pixels;
-    place.pixel_runs = place.border_runs = 0;
-    int64_t image = begin / image_pixels;
-    int64_t y = begin % image_pixels / output.width;
-    int64_t x = begin % image_pixels % output.width;
-    for (int64_t pixel = begin; pixel < end;) {
-        int64_t pixels = output.width - x;
-        if (pixels > end - pixel) pixels = end - pixel;
-        const PixelRun run = {image * input.image_bytes() + input.offset(y * stride, x * stride),
-                              image * output.image_bytes() + output.offset(y, x),
-                              image * residual.image_bytes() + residual.offset(y, x),
-                              static_cast<int32_t>(pixel - begin), static_cast<int32_t>(pixels)};
-        PixelRun* const before = scratch.pixel_runs + place.pixel_runs - 1;
-        const int64_t before_bytes = place.pixel_runs ? before->pixels * kBlock : -1;
-        if (stride == 1 && place.pixel_runs && run.input == before->input + before_bytes &&
-            run.output == before->output + before_bytes &&
-            run.residual == before->residual + before_bytes) {
-            before->pixels += run.pixels;
-        } else {
-            scratch.pixel_runs[place.pixel_runs++] = run;
-        }
-        place.border_runs += own_border(output, image, y, x, x + pixels,
-                                        scratch.border_runs + place.border_runs);
-        pixel += pixels;
-        x = 0;
-        if (++y == output.height) {
-            y = 0;
-            ++image;
-        }
-    }
-}
-
-static void place_subtiles(const ConvolutionPlan& plan, const BlockedTensors& tensors, int64_t tile,
-                           const TileShape& shape, const Scratch& scratch, TilePlace& place) {
-    const BlockedShape& input = plan.shape_.input;
-    const BlockedShape& output = plan.output_;
-    const BlockedShape& residual = plan.residual_shape_;
-    const int64_t stride = plan.shape_.stride;
-    Subtiles& subtiles = place.subtiles;
-    subtiles.whole = true;
-    place.border_runs = 0;
-    // Counted on rather than divided anew: sixteen lanes of divisions would take longer than packing.
-    const int64_t begin = tile * Lanes::kPixels;
-    int64_t across = begin % plan.across_;
-    int64_t down = begin / plan.across_ % plan.down_;
-    int64_t image = begin / plan.across_ / plan.down_;
-    bool present = true;
-    subtiles.present = 0;
+// A tile's subtiles in the tensors of this run.
+static void find_subtiles(const ConvolutionPlan& plan, const BlockedTensors& tensors, const TilePlace& place,
+                          Subtiles& subtiles) {
     for (int lane = 0; lane < Lanes::kPixels; ++lane) {
-        const int64_t row = down * shape.rows;
-        const int64_t column = across * shape.columns;
-        // The last ones reach back over their neighbours, rather than over the edge.
-        const int64_t y = row < output.height - shape.rows ? row : output.height - shape.rows;
-        const int64_t x = column < output.width - shape.columns ? column : output.width - shape.columns;
-        subtiles.input[lane] = tensors.input + image * input.image_bytes() +
-                               input.offset(y * stride - plan.shape_.top, x * stride - plan.shape_.left);
-        subtiles.residual[lane] =
-            tensors.residual + image * residual.image_bytes() + residual.offset(y, x);
-        subtiles.output[lane] = tensors.output + image * output.image_bytes() + output.offset(y, x);
-        subtiles.rows_before[lane] = static_cast<int32_t>(row - y);
-        subtiles.columns_before[lane] = static_cast<int32_t>(column - x);
-        if (row != y || column != x) subtiles.whole = false;
-        for (int64_t own_row = row; present && own_row < y + shape.rows; ++own_row) {
-            place.border_runs += own_border(output, image, own_row, column, x + shape.columns,
-                                            scratch.border_runs + place.border_runs);
-        }
-        subtiles.present += present;
-        if (across + 1 < plan.across_) {
-            ++across;
-        } else if (down + 1 < plan.down_) {
-            across = 0;
-            ++down;
-        } else if (image + 1 < output.images) {
-            across = down = 0;
-            ++image;
-        } else {
-            present = false;
-        }
+        subtiles.input[lane] = tensors.input + place.input[lane];
+        subtiles.output[lane] = tensors.output + place.output[lane];
     }
-    subtiles.fours_in = are_fours(subtiles.input);
-    subtiles.fours_out = are_fours(subtiles.output);
-    subtiles.fours_residual = plan.residual_.present && are_fours(subtiles.residual);
+    if (!plan.residual_.present) return;
+    for (int lane = 0; lane < Lanes::kPixels; ++lane) {
+        subtiles.residual[lane] = tensors.residual + place.residual[lane];
+    }
 }
 
 static void pack_group(const ConvolutionPlan& plan, const BlockedTensors& tensors,
-                       const TilePlace& place, const Scratch& scratch, int64_t first, int64_t last) {
+                       const Place& place, const Scratch& scratch, int64_t first, int64_t last) {
     const int64_t plane_bytes = plan.shape_.input.plane_bytes();
     const int64_t tile_bytes =
         plan.position_rows_ * plan.position_columns_ * Lanes::kPixels * Lanes::kPixelBytes;
     uint8_t* to = scratch.tile;
     for (int64_t block = first; block < last; ++block, to += tile_bytes) {
         if (!plan.flat_) {
-            pack_subtiles<TilePixels>(to, place.subtiles.input, place.subtiles.present,
-                                      place.subtiles.fours_in, block * plane_bytes,
+            pack_subtiles<TilePixels>(to, place.subtiles.input, place.at.present,
+                                      place.at.fours_in, block * plane_bytes,
                                       plan.shape_.input.row_bytes(), plan.row_slot_.data(),
                                       plan.position_rows_, plan.column_slot_.data(),
                                       plan.position_columns_, plan.position_columns_);
             continue;
         }
-        for (int64_t r = 0; r < place.pixel_runs; ++r) {
-            const PixelRun& run = scratch.pixel_runs[r];
+        for (int64_t r = 0; r < place.at.pixel_runs; ++r) {
+            const PixelRun& run = place.pixel_runs[r];
             uint8_t* const position = to + run.position * Lanes::kPixelBytes;
             const uint8_t* const from = tensors.input + block * plane_bytes + run.input;
             if (plan.shape_.stride == 1) {
@@ -156,39 +60,39 @@ static void pack_group(const ConvolutionPlan& plan, const BlockedTensors& tensor
 
 // The residual's codes, in the order of the vectors.
 static void read_residual(const ConvolutionPlan& plan, const BlockedTensors& tensors,
-                          const TilePlace& place, const Scratch& scratch, const TileShape& shape,
+                          const Place& place, const Scratch& scratch, const TileShape& shape,
                           int64_t block) {
     const int64_t offset = block * plan.residual_shape_.plane_bytes();
     if (!plan.flat_) {
-        pack_subtiles<Codes>(scratch.residual, place.subtiles.residual, place.subtiles.present,
-                             place.subtiles.fours_residual, offset, plan.residual_shape_.row_bytes(),
+        pack_subtiles<Codes>(scratch.residual, place.subtiles.residual, place.at.present,
+                             place.at.fours_residual, offset, plan.residual_shape_.row_bytes(),
                              plan.straight_.data(), shape.rows, plan.straight_.data(), shape.columns,
                              shape.columns);
         return;
     }
-    for (int64_t r = 0; r < place.pixel_runs; ++r) {
-        const PixelRun& run = scratch.pixel_runs[r];
+    for (int64_t r = 0; r < place.at.pixel_runs; ++r) {
+        const PixelRun& run = place.pixel_runs[r];
         Codes::pack_run(scratch.residual + run.position * kBlock,
                         tensors.residual + offset + run.residual, run.pixels);
     }
 }
 
 static void write_codes(const ConvolutionPlan& plan, const BlockedTensors& tensors,
-                        const TilePlace& place, const Scratch& scratch, const TileShape& shape,
+                        const Place& place, const Scratch& scratch, const TileShape& shape,
                         int64_t block) {
     const int64_t offset = block * plan.output_.plane_bytes();
     if (plan.flat_) {
-        for (int64_t r = 0; r < place.pixel_runs; ++r) {
-            const PixelRun& run = scratch.pixel_runs[r];
+        for (int64_t r = 0; r < place.at.pixel_runs; ++r) {
+            const PixelRun& run = place.pixel_runs[r];
             Codes::unpack_run(tensors.output + offset + run.output,
                               scratch.pixels + run.position * kBlock, run.pixels);
         }
     } else {
-        unpack_subtiles(place.subtiles, offset, plan.output_.row_bytes(), shape.rows, shape.columns,
+        unpack_subtiles(place.at, place.subtiles, offset, plan.output_.row_bytes(), shape.rows, shape.columns,
                         scratch.pixels);
     }
-    for (int64_t r = 0; r < place.border_runs; ++r) {
-        const BorderRun& run = scratch.border_runs[r];
+    for (int64_t r = 0; r < place.at.border_runs; ++r) {
+        const BorderRun& run = place.border_runs[r];
         fill_pixels(tensors.output + offset + run.output, run.pixels, plan.zero_point_);
     }
 }
@@ -209,7 +113,7 @@ static Ending ending_of(const ConvolutionPlan& plan) {
 }
 
 // The codes of a chunk of output channels, from channel by channel to the output.
-static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tensors, const TilePlace& place,
+static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
                         const Scratch& scratch, const TileShape& shape, int64_t first, int64_t last) {
     const int vectors = shape.rows * shape.columns;
     const int64_t channel_bytes = (vectors + 3) / 4 * 4 * Lanes::kPixels;
@@ -237,7 +141,6 @@ static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tenso
 static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& tensors, int64_t first,
                             int64_t last, void* scratch_memory) {
     const TileShape& shape = kTileShapes[plan.tile_];
-    const int64_t tile_pixels = static_cast<int64_t>(shape.rows) * shape.columns * Lanes::kPixels;
     uint8_t* const memory = static_cast<uint8_t*>(scratch_memory) +
                             (kAlignment - reinterpret_cast<uintptr_t>(scratch_memory) % kAlignment) % kAlignment;
     const ScratchLayout& layout = plan.scratch_;
@@ -246,9 +149,7 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
                              memory + layout.bytes,
                              memory + layout.spare,
                              memory + layout.pixels,
-                             memory + layout.residual,
-                             reinterpret_cast<PixelRun*>(memory + layout.pixel_runs),
-                             reinterpret_cast<BorderRun*>(memory + layout.border_runs)};
+                             memory + layout.residual};
     __builtin_memset(scratch.spare, plan.range_.zero_point, static_cast<size_t>(layout.pixels - layout.spare));
     const int ending = static_cast<int>(ending_of(plan));
     const int64_t groups = plan.groups();
@@ -259,13 +160,11 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
     work.multiplier = plan.multiplier_.data();
     work.range = plan.range_;
     work.codes = scratch.bytes;
-    TilePlace place;
     for (int64_t tile = first; tile < last; ++tile) {
-        if (plan.flat_) {
-            place_flat(plan, tile, tile_pixels, scratch, place);
-        } else {
-            place_subtiles(plan, tensors, tile, shape, scratch, place);
-        }
+        const TilePlace& at = plan.places_[static_cast<size_t>(tile)];
+        Place place = {at, plan.pixel_runs_.data() + at.first_pixel_run,
+                       plan.border_runs_.data() + at.first_border_run, {}};
+        if (!plan.flat_) find_subtiles(plan, tensors, at, place.subtiles);
         const BandRows* rows = plan.band_rows_.data();
         for (int64_t g = 0; g < groups; ++g) {
             const bool last_group = g + 1 == groups;
