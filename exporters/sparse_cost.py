@@ -7,8 +7,8 @@ MobileNet at 0 to 90 % zero blocks, 10 depthwise ones, 9 planes and 5 fully conn
 float the same convolutions at 50 to 95 % zeros, and the fully connected layers at 1, 16 and 128
 rows. In the geometric mean a fit is off by a factor of 1.19 for ONNX Runtime's convolutions, 1.18
 for ours, 1.04 to 1.7 for the rest; in float by 1.23 and 1.26 for convolutions, 1.08 to 1.88 for
-fully connected layers. A sparse convolution's call was measured again, in chains of small ones, when
-it had become 5 us shorter. Another processor's times differ more than the ratios that decide.
+fully connected layers. The call of a sparse convolution was measured again in chains of small ones,
+after it had become 5 us shorter. Another processor's times differ more than the ratios that decide.
 """
 
 from __future__ import annotations
