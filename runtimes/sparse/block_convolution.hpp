@@ -138,11 +138,11 @@ class ConvolutionPlan;
 // The kernels compiled for one instruction set.
 struct ConvolutionKernels {
     const char* name;
-    int lanes;         // pixels of a vector
-    int pixel_bytes;   // of a pixel of four channels in a packed tile
-    int sum_bytes;     // of a pixel's sum while it is being added up
-    int weight_bytes;  // of a block
-    int cache_bytes;   // of packed activations that stay close to the core
+    int lanes;          // pixels of a vector
+    int pixel_bytes;    // of a pixel of four channels in a packed tile
+    int sum_bytes;      // of a pixel's sum while it is being added up
+    int weight_bytes;   // of a block
+    int cache_bytes;    // of packed activations that stay close to the core
     int band_channels;  // of a band, at most
     const TileShape* shapes;
     int shape_count;

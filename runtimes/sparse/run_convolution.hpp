@@ -17,6 +17,8 @@ struct Place {
     Subtiles subtiles;
 };
 
+static_assert(Lanes::kPixels <= kMostLanes, "a plan has no room for so many lanes");
+
 // A tile's subtiles in the tensors of this run.
 static void find_subtiles(const ConvolutionPlan& plan, const BlockedTensors& tensors, const TilePlace& place,
                           Subtiles& subtiles) {
