@@ -66,6 +66,8 @@ PROBED_ERROR = 0.05
 """Layers are probed at the level whose relative output error is nearest to this."""
 _NEGLIGIBLE_ERROR = 1e-9
 _FEWEST_SAMPLES = 32
+_CONFIRMING = 4
+"""Times as many samples as candidates are tried on must confirm that one is better."""
 _PROBING_SHARE = 0.5
 """Share of the search time that probing the layers may take; with fewer samples if need be."""
 
@@ -174,7 +176,8 @@ class Planner:
     Attributes:
         calibrated: the model.
         database: its layers at every level.
-        stitched: judges plans.
+        stitched: judges plans on a few calibration samples.
+        judge: confirms on more of them what looked better; None where there are no more.
         space: the choices with their losses and costs.
         sensitivities: what a unit of each layer's error costs the network's outputs.
         edges: layers that are kept out of pruning.
@@ -185,6 +188,7 @@ class Planner:
     calibrated: CalibratedModel
     database: Database
     stitched: StitchedNetwork
+    judge: StitchedNetwork | None
     space: SearchSpace
     sensitivities: Mapping[str, float]
     edges: tuple[str, ...]
@@ -204,8 +208,10 @@ class Planner:
         plan = solve_milp(self.space, limits)
         refinement = None
         if limits and self.settings.search_seconds > 0.0:
+            judge = self.judge
             refinement = refine(
                 plan, self.space, limits, lambda each: self.stitched.loss(each.schemes),
+                confirm=None if judge is None else lambda each: judge.loss(each.schemes),
                 seconds=self.settings.search_seconds, seed=self.settings.seed,
                 progress=lambda share: say("searching for a better plan", share),
             )  # fmt: skip
@@ -478,11 +484,11 @@ def make_planner(
         }
         for layer in calibrated.layers
     }
-    stitched = _stitched(calibrated, database, settings)
+    stitched, judge = _stitched(calibrated, database, settings)
     found = probe(stitched, errors, progress=say)
     space = _space(calibrated.layers, errors, found, table)
     edges = edges_of(calibrated.layers, settings)
-    return Planner(calibrated, database, stitched, space, found, edges, table, settings)
+    return Planner(calibrated, database, stitched, judge, space, found, edges, table, settings)
 
 
 def probe(
@@ -514,8 +520,8 @@ def probe(
 
 def _stitched(
     calibrated: CalibratedModel, database: Database, settings: PlanSettings
-) -> StitchedNetwork:
-    """With as many samples as the search time allows."""
+) -> tuple[StitchedNetwork, StitchedNetwork | None]:
+    """With as many samples as the search time allows, and one that confirms with more."""
     samples = calibrated.samples.take(settings.search_samples, settings.seed)
     if settings.search_seconds > 0.0 and len(samples) > _FEWEST_SAMPLES:
         few = StitchedNetwork(calibrated, database, samples.take(_FEWEST_SAMPLES))
@@ -525,7 +531,11 @@ def _stitched(
         allowed = _PROBING_SHARE * settings.search_seconds / (seconds * len(calibrated.layers))
         if allowed < len(samples):
             samples = samples.take(max(_FEWEST_SAMPLES, int(allowed)))
-    return StitchedNetwork(calibrated, database, samples)
+    more = calibrated.samples.take(_CONFIRMING * len(samples), settings.seed)
+    judge = None
+    if settings.search_seconds > 0.0 and len(more) > len(samples):
+        judge = StitchedNetwork(calibrated, database, more)
+    return StitchedNetwork(calibrated, database, samples), judge
 
 
 def _space(

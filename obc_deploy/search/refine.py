@@ -10,7 +10,8 @@ Two ways to make a candidate, neither of which ever leaves the budgets:
 
 Coefficients move a whole plan and come first; mutations mend its details and come to dominate.
 A candidate replaces the best plan only where the caller's evaluation says it is better, so the
-result is never worse than the start. No plan is evaluated twice.
+result is never worse than the start. No plan is evaluated twice. The best of many on few samples
+is often the luckiest: with `confirm`, what looks better must be better on more samples too.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Evaluation:
 
     Attributes:
         plan: its `evaluated` is the loss; nan where the evaluation gave no finite number.
+        confirmed: its loss on more samples, where it looked better and that was asked for.
         move: how it was made.
         accepted: whether it became the best plan.
         seconds: when, from the start of the search.
@@ -70,6 +72,7 @@ class Evaluation:
     move: Move
     accepted: bool
     seconds: float
+    confirmed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def refine(
     budgets: Budgets,
     evaluate: Callable[[Plan], float],
     *,
+    confirm: Callable[[Plan], float] | None = None,
     seconds: float | None = None,
     evaluations: int | None = None,
     seed: int = 0,
@@ -121,6 +125,8 @@ def refine(
         budgets: what every candidate keeps.
         evaluate: calibration loss of the network stitched by a plan; less is better. What is not
             finite counts as worse than anything.
+        confirm: loss on more samples; asked for the start and for plans that look better, which
+            must be better here too.
         seconds: time for the search, evaluations included.
         evaluations: how many plans to evaluate, the start included.
         seed: of the random choices.
@@ -152,7 +158,7 @@ def refine(
             "start from a plan that was solved for these budgets"
         )
     clock = _Clock(seconds, evaluations, progress)
-    return _Search(start, space, limits, evaluate, clock, moves, seed).run()
+    return _Search(start, space, limits, evaluate, confirm, clock, moves, seed).run()
 
 
 class _Clock:
@@ -220,11 +226,12 @@ class _Search:
         space: SearchSpace,
         budgets: Sequence[Budget],
         evaluate: Callable[[Plan], float],
+        confirm: Callable[[Plan], float] | None,
         clock: _Clock,
         moves: Collection[Move],
         seed: int,
     ) -> None:
-        self._space, self._evaluate, self._clock = space, evaluate, clock
+        self._space, self._evaluate, self._confirm, self._clock = space, evaluate, confirm, clock
         self._random = np.random.default_rng(seed)
         self._levels = space.levels(budgets)
         self._rooms, self._rounding = space.rooms(budgets)
@@ -234,6 +241,7 @@ class _Search:
         self._start = start
         self._position = self._nearest_levels(start, budgets)
         self._best, self._best_loss = start, math.inf
+        self._best_confirmed = math.inf
         self._losses: dict[Indices, float] = {}
         self._records: list[Evaluation] = []
         self._stale = 0  # candidates in a row that were not evaluated
@@ -290,16 +298,23 @@ class _Search:
         """Evaluate a plan, record it, and keep it where it is the best so far."""
         begun = self._clock.elapsed
         loss = float(self._evaluate(plan))
-        ended = self._clock.elapsed
         finite = math.isfinite(loss)
         plan = replace(plan, evaluated=loss if finite else math.nan)
         loss = loss if finite else math.inf
         accepted = move is Move.START or loss < self._best_loss
+        confirmed = None
+        if accepted and self._confirm is not None:
+            confirmed = float(self._confirm(plan))
+            known = confirmed if math.isfinite(confirmed) else math.inf
+            accepted = move is Move.START or known < self._best_confirmed
+            if accepted:
+                self._best_confirmed = known
+        ended = self._clock.elapsed
         if accepted:
             self._best, self._best_loss = plan, loss
         self._failures = 0 if accepted else self._failures + 1
         self._stale = 0
-        self._records.append(Evaluation(plan, move, accepted, ended))
+        self._records.append(Evaluation(plan, move, accepted, ended, confirmed))
         self._clock.evaluated(ended - begun)
         return loss
 

@@ -94,6 +94,39 @@ def test_never_worse_never_over_never_twice(space, moves, seed, nonsense):
     assert shares[-1] == 1.0
 
 
+@settings(max_examples=40, deadline=None)
+@given(spaces(), st.sampled_from(MOVES), st.integers(0, 99), st.booleans())
+def test_what_is_not_confirmed_is_not_taken(space, moves, seed, nonsense):
+    budgets = (Budget(Metric.MACS, 1.5), Budget(Metric.SIZE, 1.3))
+    start = next(all_plans(space, budgets), None)
+    if start is None:
+        return
+    random = np.random.default_rng(seed)
+    asked = []
+
+    def confirm(plan):
+        asked.append(plan)
+        return math.nan if nonsense and random.random() < 0.3 else random.random()
+
+    found = refine(
+        start, space, budgets, lambda _: random.random(), confirm=confirm, evaluations=25,
+        seed=seed, moves=moves,
+    )  # fmt: skip
+    best = (math.inf, math.inf)
+    for one in found.evaluations:
+        looks_better = one.move is Move.START or one.plan.evaluated < best[0]
+        assert (one.confirmed is not None) == looks_better
+        if one.confirmed is not None:
+            known = one.confirmed if math.isfinite(one.confirmed) else math.inf
+            assert one.accepted == (one.move is Move.START or known < best[1])
+            if one.accepted:
+                best = (one.plan.evaluated, known)
+        else:
+            assert not one.accepted
+    assert found.plan.evaluated == best[0]
+    assert [one.plan for one in found.evaluations if one.confirmed is not None] == asked
+
+
 @pytest.mark.parametrize("budgets", ["macs:3x", "macs:3x,size:2.5x"])
 def test_a_seed_says_it_all(budgets):
     space = chain_space()
