@@ -83,12 +83,15 @@ class _InputStatistics(fx.Interpreter):
 
 
 class _BatchStatistics(fx.Interpreter):
-    """Runs a graph whose batch norms normalise by their own batch, then aim at the reference."""
+    """Runs a graph whose batch norms normalise by their own batch, then aim at the reference.
+
+    Streams are told of each batch norm's input; None where nobody wants to know.
+    """
 
     def __init__(
         self,
         module: fx.GraphModule,
-        streams: Mapping[str, MomentStream],
+        streams: Mapping[str, MomentStream] | None,
         reference: Mapping[str, Moments] | None,
     ) -> None:
         super().__init__(module)
@@ -100,21 +103,18 @@ class _BatchStatistics(fx.Interpreter):
         if n.target is not BATCH_NORM:
             return super().run_node(n)
         (values, gamma, beta, mean, variance, _, eps), _ = self.fetch_args_kwargs_from_env(n)
-        self._streams[n.name].add(values)
-        output = torch.nn.functional.batch_norm(
-            values, None, None, None, None, training=True, momentum=0.0, eps=eps
-        )
-        shape = (1, -1, *([1] * (values.dim() - 2)))
+        if self._streams is not None:
+            self._streams[n.name].add(values)
         if self._reference is not None:
             dense = self._reference[n.name]
             sigma = torch.sqrt(variance.double() + eps)
-            spread = (torch.sqrt(dense.variance) / sigma).to(output)
-            shift = ((dense.mean - mean.double()) / sigma).to(output)
-            output = output * spread.reshape(shape) + shift.reshape(shape)
-        if gamma is not None:
-            output = output * gamma.reshape(shape)
-        if beta is not None:
-            output = output + beta.reshape(shape)
+            spread, shift = torch.sqrt(dense.variance) / sigma, (dense.mean - mean.double()) / sigma
+            if gamma is not None:
+                spread, shift = spread * gamma, shift * gamma
+            gamma, beta = spread.to(values), (shift if beta is None else shift + beta).to(values)
+        output = torch.nn.functional.batch_norm(
+            values, None, None, gamma, beta, training=True, momentum=0.0, eps=eps
+        )
         return (output, None, None)
 
 
@@ -149,8 +149,7 @@ def normalised_outputs(
         batches: the calibration batches.
         reference: `batch_norm_moments` of the dense network on the same batches.
     """
-    streams = {norm.node.name: MomentStream() for norm in find_batch_norms(network.module)}
-    runner = _BatchStatistics(network.module, streams, reference)
+    runner = _BatchStatistics(network.module, None, reference)
     device = next((p.device for p in network.module.parameters()), torch.device("cpu"))
     with torch.no_grad():
         for batch in batches:
