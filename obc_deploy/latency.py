@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from obc_deploy.errors import LatencyError
 from obc_deploy.manifest import write_json
-from obc_deploy.schemes import Scheme, as_scheme
+from obc_deploy.schemes import Scheme, as_scheme, changes_between
 
 if TYPE_CHECKING:
     from obc_deploy.layers import Layer
@@ -129,7 +129,7 @@ class LatencyTable(BaseModel):
     def changes(self, schemes: Mapping[str, Scheme | str]) -> int:
         """How many neighbours are not alike: one has zeros to skip and the other has none."""
         return sum(
-            as_scheme(schemes[one]).skips_zeros != as_scheme(schemes[other]).skips_zeros
+            changes_between((as_scheme(schemes[one]), as_scheme(schemes[other])))
             for one, other in self.neighbours
             if one in schemes and other in schemes
         )

@@ -531,11 +531,10 @@ def _stitched(
         allowed = _PROBING_SHARE * settings.search_seconds / (seconds * len(calibrated.layers))
         if allowed < len(samples):
             samples = samples.take(max(_FEWEST_SAMPLES, int(allowed)))
+    stitched = StitchedNetwork(calibrated, database, samples)
     more = calibrated.samples.take(_CONFIRMING * len(samples), settings.seed)
-    judge = None
-    if settings.search_seconds > 0.0 and len(more) > len(samples):
-        judge = StitchedNetwork(calibrated, database, more)
-    return StitchedNetwork(calibrated, database, samples), judge
+    confirms = settings.search_seconds > 0.0 and len(more) > len(samples)
+    return stitched, stitched.on(more) if confirms else None
 
 
 def _space(

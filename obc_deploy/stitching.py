@@ -66,6 +66,12 @@ class StitchedNetwork:
             _flat(output) for output in normalised_outputs(dense, self._batches(), self._moments)
         ]
 
+    def on(self, samples: Samples) -> StitchedNetwork:
+        """The same judged on other samples; levels that either has unpacked serve both."""
+        other = StitchedNetwork(self.calibrated, self.database, samples)
+        other._kept = self._kept
+        return other
+
     def _batches(self) -> Any:
         return self.samples.batches(
             self.calibrated.batch_size, exact=not self.calibrated.network.dynamic_batch

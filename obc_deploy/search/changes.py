@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obc_deploy.errors import BudgetError, LayerError
-from obc_deploy.schemes import Scheme
+from obc_deploy.schemes import Scheme, changes_between
 from obc_deploy.search.budgets import Metric
 
 Array: TypeAlias = NDArray[np.float64]
@@ -57,7 +57,7 @@ class ChangeCosts:
     def count(self, schemes: Mapping[str, Scheme]) -> int:
         """Changes where the layers have these schemes."""
         return sum(
-            schemes[one].skips_zeros != schemes[other].skips_zeros for one, other in self.neighbours
+            changes_between((schemes[one], schemes[other])) for one, other in self.neighbours
         )
 
 

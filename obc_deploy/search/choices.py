@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +21,7 @@ from obc_deploy.costs import LayerCost
 from obc_deploy.errors import BudgetError, LayerError, SchemeError
 from obc_deploy.schemes import Scheme, as_scheme
 from obc_deploy.search.budgets import Budget, Metric
-from obc_deploy.search.changes import Chain, ChangeCosts
-
-Array: TypeAlias = NDArray[np.float64]
+from obc_deploy.search.changes import Array, Chain, ChangeCosts
 
 ROUNDING = 1e-9
 """Share of a limit by which a sum may be over it: what floating point sums owe, no more."""

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from obc_deploy.errors import BudgetError
 from obc_deploy.search.budgets import Budget, Budgets, as_budgets
-from obc_deploy.search.changes import Chain
-from obc_deploy.search.choices import Array, Plan, SearchSpace
+from obc_deploy.search.changes import Array, Chain
+from obc_deploy.search.choices import Plan, SearchSpace
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

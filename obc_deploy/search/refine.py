@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from obc_deploy.errors import BudgetError
 from obc_deploy.search import dynamic, milp
 from obc_deploy.search.budgets import Budget, Budgets, as_budgets
-from obc_deploy.search.choices import Array, Plan, SearchSpace
+from obc_deploy.search.changes import Array
+from obc_deploy.search.choices import Plan, SearchSpace
 
 _MOST_SWITCHES = 3
 """Layers that a mutation changes on purpose, at most, while it still finds better plans."""

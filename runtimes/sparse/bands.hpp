@@ -17,12 +17,17 @@ namespace sparse {
 // Channels of a band are of one window of output channels: its codes wait in the first cache together.
 constexpr int64_t kBandWindow = 16;
 
-// The bands of all output channels, of at most `most_channels` (1, 2 or 4) each. In a window come the
-// single channels first, then pairs, then fours; blocks are those of all kernel positions and channels.
-std::vector<Band> bands_of(const BlockWeights& weights, int64_t out_channels, int most_channels);
+struct Band {
+    int32_t channel[kMostBandChannels];
+    int32_t channels;             // 1, 2 or 4
+    std::vector<int32_t> blocks;  // all that any of its channels has, ascending
 
-// All blocks that a channel of the band has, ascending.
-std::vector<int32_t> blocks_of(const BlockWeights& weights, const Band& band);
+    int size() const { return channels / 2; }  // its place among the kBandSizes
+};
+
+// The bands of all output channels, of at most `most_channels` (1, 2 or 4) each; those of a window are
+// next to one another, and windows in their order.
+std::vector<Band> bands_of(const BlockWeights& weights, int64_t out_channels, int most_channels);
 
 }  // namespace sparse
 }  // namespace obc

@@ -115,12 +115,10 @@ struct BlockedTensors {
     uint8_t* output;          // every byte is written, borders and spare lanes too
 };
 
-// Output channels that are computed together (bands.hpp).
+// Output channels that are computed together: 1, 2 or 4 (bands.hpp).
 constexpr int kMostBandChannels = 4;
-struct Band {
-    int32_t channel[kMostBandChannels];
-    int32_t channels;  // 1, 2 or 4
-};
+constexpr int kBandSizes = 3;
+struct Band;
 
 // The output pixels of one pass of the innermost loop: rows x columns vectors.
 struct TileShape {
@@ -210,9 +208,6 @@ struct BandRows {
     int64_t block;   // the first one's, in offset_
     int64_t weight;  // and in weights_
 };
-
-// Bands have 1, 2 or 4 channels.
-constexpr int kBandSizes = 3;
 
 // Where the parts of the scratch memory start, in bytes.
 struct ScratchLayout {

@@ -152,7 +152,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     const int64_t in_blocks = shape.input.blocks();
     const std::vector<Band> bands = bands_of(weights, out_channels, kernels.band_channels);
     int64_t blocks[kBandSizes] = {};
-    for (const Band& band : bands) blocks[band.channels / 2] += static_cast<int64_t>(blocks_of(weights, band).size());
+    for (const Band& band : bands) blocks[band.size()] += static_cast<int64_t>(band.blocks.size());
     Geometry best = {};
     double least = std::numeric_limits<double>::infinity();
     for (int t = 0; t < kernels.shape_count; ++t) {
@@ -235,12 +235,12 @@ void ConvolutionPlan::order_blocks(const BlockWeights& weights, const std::vecto
             const int64_t chunk = bands[start].channel[0] / chunk_;
             std::vector<Row> rows[kBandSizes];
             for (; start < bands.size() && bands[start].channel[0] / chunk_ == chunk; ++start) {
-                Row row = {&bands[start], blocks_of(weights, bands[start])};
-                const auto elsewhere = [&](int32_t index) {
-                    return index % in_blocks < group_start_[g] || index % in_blocks >= group_start_[g + 1];
-                };
-                row.blocks.erase(std::remove_if(row.blocks.begin(), row.blocks.end(), elsewhere), row.blocks.end());
-                rows[row.band->channels / 2].push_back(std::move(row));
+                Row row = {&bands[start], {}};
+                for (const int32_t index : row.band->blocks) {
+                    const int64_t block = index % in_blocks;
+                    if (block >= group_start_[g] && block < group_start_[g + 1]) row.blocks.push_back(index);
+                }
+                rows[row.band->size()].push_back(std::move(row));
             }
             for (std::vector<Row>& same : rows) {
                 std::stable_sort(same.begin(), same.end(),
