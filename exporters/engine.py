@@ -259,6 +259,8 @@ def _add_profiles(trt: ModuleType, builder: Any, network: Any, config: Any,
 def _configure(trt: ModuleType, config: Any, library: str, options: EngineOptions) -> None:
     if options.sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    # So that its inspector can say which ONNX nodes a layer of the engine came from.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.workspace_bytes is not None:
@@ -508,6 +510,7 @@ def trtexec_command(onnx_file: Path | str, options: EngineOptions | None = None)
         f"--sparsity={'enable' if chosen.sparse else 'disable'}",
         f"--saveEngine={source.with_suffix('.engine')}",
         f"--timingCacheFile={chosen.timing_cache or source.with_suffix('.timing')}",
+        "--profilingVerbosity=detailed",
     ]
     if chosen.optimization_level is not None:
         parts.append(f"--builderOptimizationLevel={chosen.optimization_level}")

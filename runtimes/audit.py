@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obc_deploy.runtimes import onnxruntime_cpu
-from obc_deploy.runtimes.contract import LayerProfile
+from obc_deploy.runtimes.contract import LayerProfile, TensorSpec
 from obc_deploy.runtimes.onnx_graph import INT8, MULTIPLYING, OnnxGraph, OnnxNode, read_onnx_graph
 from obc_deploy.runtimes.registry import find_runtime
 from obc_deploy.runtimes.session import Session, open_session
@@ -80,13 +80,12 @@ class Audit:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         described = asdict(self)
-        for part in ("layers", "steps"):
-            for entry in described[part]:
-                entry["outputs"] = list(entry["outputs"])
+        for entry in described["layers"]:
+            entry["outputs"] = list(entry["outputs"])
         return {
             **described,
             "layers": list(described["layers"]),
-            "steps": list(described["steps"]),
+            "steps": [step.as_dict() for step in self.steps],
             "reasons": list(self.reasons),
         }
 
@@ -286,6 +285,25 @@ def _audit_onnxruntime(
         fallback=bool(floats),
         reasons=tuple(reasons),
     )
+
+
+def random_inputs(inputs: Sequence[TensorSpec], batch_size: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Normal values, or zeros for integers: which kernels run does not depend on them.
+
+    Args:
+        inputs: what a session takes.
+        batch_size: where a size is open.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    made = {}
+    for spec in inputs:
+        shape = [size if isinstance(size, int) and size > 0 else batch_size for size in spec.shape]
+        values = generator.standard_normal(shape)
+        floating = np.issubdtype(np.dtype(spec.dtype), np.floating)
+        made[spec.name] = (values if floating else np.zeros(shape)).astype(spec.dtype)
+    return made
 
 
 def audit(

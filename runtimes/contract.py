@@ -141,6 +141,7 @@ class LayerProfile:
             question makes no sense.
         outputs: names of the ONNX values that this step computes, where known.
         int8: the step multiplies 8-bit integers; None where unknown or where nothing is multiplied.
+        nodes: names of the ONNX nodes that this step came from, where the runtime says them.
     """
 
     name: str
@@ -150,7 +151,8 @@ class LayerProfile:
     native: bool | None = None
     outputs: tuple[str, ...] = ()
     int8: bool | None = None
+    nodes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {**asdict(self), "outputs": list(self.outputs)}
+        return {**asdict(self), "outputs": list(self.outputs), "nodes": list(self.nodes)}

@@ -394,7 +394,13 @@ class Session:
         request = {"warmup": warmup, "iterations": iterations, "options": options}
         header, _ = self._ask("profile", request, self._ordered(inputs))
         return [
-            LayerProfile(**{**layer, "outputs": tuple(layer.get("outputs", ()))})
+            LayerProfile(
+                **{
+                    **layer,
+                    "outputs": tuple(layer.get("outputs", ())),
+                    "nodes": tuple(layer.get("nodes", ())),
+                }
+            )
             for layer in header["layers"]
         ]
 

@@ -26,7 +26,6 @@ from obc_deploy.targets import TARGETS, EightBit, Target, as_target
 if TYPE_CHECKING:
     from obc_deploy.artifacts import Artifact
     from obc_deploy.runtimes.audit import AcceleratedLayers, Audit
-    from obc_deploy.runtimes.session import Session
 
 MODEL_FILE = "model.onnx"
 _TENSORRT = "TensorRT"
@@ -288,12 +287,20 @@ def audit(
         ),
     ] = None,
     threads: o.Threads = None,
+    trial: Annotated[
+        bool,
+        typer.Option(
+            "--trial",
+            help="With --runtime tensorrt, on a GPU: time the engine beside the file (built now "
+            "where there is none) against one without sparse kernels, as a whole and by layers.",
+        ),
+    ] = False,
     json: o.JsonFile = None,
 ) -> None:
     """Say which layers a runtime really ran in int8, of which it skipped the zeros, which are 2:4.
 
-    Nothing is run for `--runtime tensorrt`: its file is checked layer by layer for 2:4 as TensorRT
-    reads it. A file from elsewhere, without `--runtime`, is checked and run.
+    Nothing is run for `--runtime tensorrt` without `--trial`: its file is checked layer by layer
+    for 2:4 as TensorRT reads it. A file from elsewhere, without `--runtime`, is checked and run.
     """
     from obc_deploy.runtimes.registry import require_runtime
 
@@ -308,7 +315,11 @@ def audit(
 
         own = read_manifest(path).settings.target
         goal = as_target(runtime or own or "onnxruntime")
-    if goal.measured:
+    if trial and goal.runtime != "tensorrt":
+        raise ArtifactError(
+            f"--trial is for --runtime tensorrt; '{goal.name}' has no sparse kernels to leave out"
+        )
+    if goal.measured or trial:
         require_runtime(goal.runtime)
     if path.suffix != ".onnx":
         with out.working() as say:
@@ -319,7 +330,7 @@ def audit(
         names = {layer.output: layer.name for layer in artifact.manifest.layers}
     checked: dict[str, Any] = {}
     if not goal.measured or (runtime is None and artifact is None):
-        checked = two_of_four(out, file, names, required=not goal.measured)
+        checked = two_of_four(out, file, names, required=not goal.measured, trial=trial)
     if not goal.measured:
         out.results({"path": os.fspath(file), "target": goal.name, **checked})
         return
@@ -370,24 +381,11 @@ def _artifact_of(run: Path, goal: Target, say: Stage) -> Artifact:
 
 def _audit(runtime: str, file: Path, threads: int | None, batch_size: int) -> Audit:
     from obc_deploy.runtimes.audit import audit as audit_session
+    from obc_deploy.runtimes.audit import random_inputs
     from obc_deploy.runtimes.session import open_session
 
     with open_session(runtime, file, threads=threads, batch_size=batch_size) as session:
-        return audit_session(session, _random_inputs(session, batch_size))
-
-
-def _random_inputs(session: Session, batch_size: int) -> dict[str, Any]:
-    """Normal values, or zeros for integers: which kernels run does not depend on them."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    inputs = {}
-    for spec in session.inputs:
-        shape = [size if isinstance(size, int) and size > 0 else batch_size for size in spec.shape]
-        values = generator.standard_normal(shape)
-        floating = np.issubdtype(np.dtype(spec.dtype), np.floating)
-        inputs[spec.name] = (values if floating else np.zeros(shape)).astype(spec.dtype)
-    return inputs
+        return audit_session(session, random_inputs(session.inputs, batch_size))
 
 
 def _count(found: Audit, artifact: Artifact) -> AcceleratedLayers:

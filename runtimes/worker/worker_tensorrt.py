@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import numpy as np
 from worker_backend import BadArtifact, Explained, Missing, NoDevice
 from worker_cuda import OUT_OF_MEMORY, Buffer, CudaError, Device, Stream
+from worker_inspector import EngineLayer, engine_layers
 from worker_profiles import Profile, choose_profile
 
 Feed = Dict[str, "np.ndarray[Any, Any]"]
@@ -339,8 +340,25 @@ class Backend:
             if not context.execute_async_v3(self._stream.handle):
                 raise self._failed("a profiled run")
             self._stream.wait()
+        known = self._inspected()
+        unknown = EngineLayer("", [])
         layers = [
-            {"name": name, "kind": "", "ms": statistics.median(taken), "native": True}
+            {
+                "name": name,
+                "kind": known.get(name, unknown).kernel,
+                "ms": statistics.median(taken),
+                "native": True,
+                "nodes": known.get(name, unknown).nodes,
+            }
             for name, taken in times.taken.items()
         ]
         return {"layers": layers, "facts": dict(self.facts)}
+
+    def _inspected(self) -> Dict[str, EngineLayer]:
+        """The engine's layers as its inspector knows them; none where it does not answer."""
+        inspector = self._engine.create_engine_inspector()
+        if inspector is None:
+            return {}
+        return engine_layers(
+            inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        )

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from obc_deploy.exporters import engine as engines
+from obc_deploy.runtimes import tensorrt
 
 Run = Callable[..., "Answer"]  # noqa: F821
 
@@ -155,6 +156,21 @@ def test_files_that_cannot_be_audited(run: Run, tensorrt_file: Path, tmp_path: P
             assert answer.out == ""
             assert reason in answer.err
             assert path.name in answer.err
+
+
+@pytest.mark.skipif(tensorrt.info().works, reason="engines run here")
+def test_a_trial_needs_a_gpu_and_says_so_before_it_builds(run: Run, tensorrt_file: Path) -> None:
+    answer = run("audit", tensorrt_file, "--trial")
+    assert answer.code == 2
+    assert answer.out == ""
+    assert len(answer.err.splitlines()) == 1
+    assert f"TensorRT: {tensorrt.info().reason}; run: " in answer.err
+
+
+def test_a_trial_is_for_tensorrt(run: Run, tensorrt_file: Path) -> None:
+    answer = run("audit", tensorrt_file, "--runtime", "onnxruntime", "--trial")
+    assert answer.code == 2
+    assert "--trial is for --runtime tensorrt; 'onnxruntime' has no sparse kernels" in answer.err
 
 
 @pytest.mark.parametrize(

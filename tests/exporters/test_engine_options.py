@@ -53,6 +53,7 @@ def test_the_command_says_what_the_options_say(tmp_path):
         "--sparsity=enable",
         "--saveEngine=net.engine",
         f"--timingCacheFile={tmp_path}/a b.timing",
+        "--profilingVerbosity=detailed",
         "--builderOptimizationLevel=4",
         "--memPoolSize=workspace:3072M",
         "--minShapes=x:1x3x8x8",
