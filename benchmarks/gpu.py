@@ -16,10 +16,10 @@ import argparse
 import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from obc_deploy import native
+from obc_deploy.benchmarks.gpu_engines import ENGINE_VARIANTS, engine_table, time_engines
+from obc_deploy.benchmarks.gpu_findings import Findings, promised
 from obc_deploy.benchmarks.record import RESULTS, Record, take_record
 from obc_deploy.benchmarks.solver import TASKS, layer_problem, plain_run
-from obc_deploy.data import first_line
-from obc_deploy.errors import ObcDeployError
 from obc_deploy.runtimes.cuda_layers import Arithmetic, GpuAbilities
 from obc_deploy.runtimes.cuda_products import FP8, FP8_LARGEST, CompressedWeight, padded
 from obc_deploy.runtimes.torch_cuda import (
@@ -58,61 +58,7 @@ NETWORK_TOLERANCE = {"fp16": 0.03, "int8": 0.15}
 
 The simulation also rounds what int8 runtimes pass between layers; sessions here pass floats.
 """
-FLOAT_BITS = 16
 ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Missing:
-    """Something that has no time, and why.
-
-    Attributes:
-        what: part and case.
-        reason: what is lacking, went wrong, or that the time was up.
-    """
-
-    what: str
-    reason: str
-
-
-@dataclass
-class Findings:
-    """What has been found so far.
-
-    Attributes:
-        ends: when the whole run is to be over, on the monotonic clock.
-        seconds: the whole run's time.
-        solver: a row a task and solver.
-        products: a row a shape and kind.
-        networks: a row a network and variant.
-        missing: what has no time.
-    """
-
-    ends: float
-    seconds: float
-    solver: list[dict[str, Any]] = field(default_factory=list)
-    products: list[dict[str, Any]] = field(default_factory=list)
-    networks: list[dict[str, Any]] = field(default_factory=list)
-    missing: list[Missing] = field(default_factory=list)
-
-    def has_time(self, what: str, share: float = 1.0) -> bool:
-        """Whether something may start before that share of the time is over; else it is named."""
-        if time.monotonic() < self.ends - (1.0 - share) * self.seconds:
-            return True
-        self.miss(what, "the time was up")
-        return False
-
-    def miss(self, what: str, reason: str) -> None:
-        """Name what has no time."""
-        self.missing.append(Missing(what, reason))
-
-    @contextmanager
-    def naming(self, what: str) -> Iterator[None]:
-        """Name what fails instead of failing."""
-        try:
-            yield
-        except (ObcDeployError, RuntimeError, NotImplementedError, AttributeError) as error:
-            self.miss(what, f"{type(error).__name__}: {first_line(error)}")
 
 
 @dataclass(frozen=True)
@@ -477,13 +423,20 @@ VARIANTS = (
 
 
 def network_speed(scale: Scale, device: torch.device, found: Findings) -> None:
-    """Whole networks: each variant under a CUDA graph, then all through torch.compile too."""
+    """Whole networks: variants under a CUDA graph, as engines, and through torch.compile too."""
     made: dict[str, dict[str, CompressedModel]] = {}
     for name, batch, make in scale.networks:
         if found.has_time(f"network {name}"):
             with found.naming(f"network {name}"):
                 made[name] = _compressed(name, batch, make, device)
                 _time_network(name, batch, made[name], False, scale, device, found)
+    for name, batch, _ in scale.networks:
+        if name in made:
+            with tempfile.TemporaryDirectory(prefix="obc-engines-") as folder:
+                time_engines(
+                    name, batch, made[name], Path(folder), found, rounds=scale.rounds,
+                    samples=scale.samples,
+                )  # fmt: skip
     for name, batch, _ in scale.networks:
         what = f"network {name} through torch.compile"
         if name not in made:
@@ -510,12 +463,14 @@ def _compressed(
         samples = torch.randint(0, int(example.max()) + 1, shape).numpy()
     calibrated = calibrate(model.eval(), samples, device=str(device), source=name)
     edges = [calibrated.layers[0].name, calibrated.layers[-1].name]
+    schemes = [variant[1] for variant in (*VARIANTS, *ENGINE_VARIANTS)]
     return {
         scheme: compress(
-            calibrated, scheme=scheme, method="magnitude", fallback="w8a8", skip=edges,
-            ranges="min-max", bn_reestimate=False, baselines=False,
+            calibrated, scheme=scheme, method="magnitude",
+            fallback="w8a8" if "w8a8" in scheme else "dense", skip=edges, ranges="min-max",
+            bn_reestimate=False, baselines=False,
         )
-        for scheme in dict.fromkeys(scheme for _, scheme, _, _ in VARIANTS)
+        for scheme in dict.fromkeys(schemes)
     }  # fmt: skip
 
 
@@ -574,7 +529,7 @@ def _time_network(
                     "rounds_ms": times[variant],
                     "speedup": statistics.median(ratios) if ratios else None,
                     "error": error,
-                    **_predicted(model, variant),
+                    **promised(model, variant),
                     "facts": session.facts,
                 }
             )
@@ -595,19 +550,6 @@ def _network_error(
     wanted = wanted[0] if isinstance(wanted, list | tuple) else wanted
     given = next(iter(session.run(inputs).values()))
     return relative_rms(torch.from_numpy(given), wanted.cpu())
-
-
-def _predicted(model: CompressedModel, variant: str) -> dict[str, float]:
-    """What MACs and BOPs promise over dense 16-bit floats."""
-    sparse, integer = variant.startswith("2:4"), variant.endswith("int8")
-    dense = macs = bops = 0.0
-    for record in model.manifest.layers:
-        left = record.macs * (record.density if sparse else 1.0)
-        quantized = integer and record.weight_bits <= 8 and record.activation_bits <= 8
-        dense += record.macs
-        macs += left
-        bops += left * (8 if quantized else FLOAT_BITS)
-    return {"predicted_macs": dense / macs, "predicted_bops": FLOAT_BITS * dense / bops}
 
 
 def report(record: Record, device: str, found: Findings) -> str:
@@ -657,6 +599,7 @@ def report(record: Record, device: str, found: Findings) -> str:
             f"{r['ms_with_copies']:.3f} | {_times(r['speedup'])} | {r['predicted_macs']:.2f}x | "
             f"{r['predicted_bops']:.2f}x | {on_it}/{len(layers)} | {100 * r['error']:.2g} % |"
         )
+    lines += engine_table(found.engines)
     reasons: dict[tuple[str, str, str], int] = {}
     for r in found.networks:
         for layer in r["facts"]["layers"] if not r["compiled"] else ():
@@ -664,7 +607,7 @@ def report(record: Record, device: str, found: Findings) -> str:
                 general = re.sub(r"[\d.]+ ms", "... ms", layer["reason"])
                 key = r["network"], r["variant"], general
                 reasons[key] = reasons.get(key, 0) + 1
-    lines += ["", "Why layers are not on it:", ""]
+    lines += ["", "Why layers are not on the kernel of a variant in PyTorch:", ""]
     lines += [f"- {n}, {v}, {count} layers: {why}" for (n, v, why), count in reasons.items()]
     lines += ["", "## Missing", ""]
     lines += [f"- {each.what}: {each.reason}" for each in found.missing] or ["Nothing."]
@@ -745,6 +688,7 @@ def main(arguments: list[str] | None = None) -> int:
         "solver": found.solver,
         "products": found.products,
         "networks": found.networks,
+        "engines": found.engines,
         "missing": [asdict(each) for each in found.missing],
     }
     record.write(folder, f"gpu-{slug}", results, text)

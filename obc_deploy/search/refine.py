@@ -1,14 +1,17 @@
 """The step past the sum of layer losses: try plans on the stitched network, keep what is better.
 
-Two ways to make a candidate, neither of which ever leaves the budgets:
+Three ways to make a candidate, none of which ever leaves the budgets:
 
+    uniform         one scheme for all layers, as far as they have it: the mildest that fit, so that
+                    a plan is never worse than what needs no search
     mutation        raise a few layers' levels and lower others' until all budgets hold again, as
                     EvoPress does between plans of equal cost (Sieberling et al., arXiv 2410.14649)
     coefficients    multiply each layer's loss by a random coefficient and solve the knapsack again;
                     a few coefficients at a time are drawn anew, in a neighbourhood that shrinks
                     (SPDY, Frantar and Alistarh, arXiv 2201.13096, section 3.2)
 
-Coefficients move a whole plan and come first; mutations mend its details and come to dominate.
+Uniform plans come first. Coefficients move a whole plan and come next; mutations mend its details
+and come to dominate.
 A candidate replaces the best plan only where the caller's evaluation says it is better, so the
 result is never worse than the start. No plan is evaluated twice. The best of many on few samples
 is often the luckiest: with `confirm`, what looks better must be better on more samples too.
@@ -27,10 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obc_deploy.errors import BudgetError
+from obc_deploy.schemes import Scheme
 from obc_deploy.search import dynamic, milp
 from obc_deploy.search.budgets import Budget, Budgets, as_budgets
 from obc_deploy.search.changes import Array
-from obc_deploy.search.choices import Plan, SearchSpace
+from obc_deploy.search.choices import Levels, Plan, SearchSpace
 
 _MOST_SWITCHES = 3
 """Layers that a mutation changes on purpose, at most, while it still finds better plans."""
@@ -44,17 +48,21 @@ _SPREAD = 1.5
 _SMALLEST_SPREAD = 0.2
 _REDRAWN = 0.3
 """Share of the coefficients that are drawn anew at first; one of them at last."""
+_UNIFORM = 3
+"""Uniform plans that are tried, at most."""
 
 
 class Move(Enum):
     """How a candidate was made."""
 
     START = "start"
+    UNIFORM = "uniform"
     MUTATION = "mutation"
     COEFFICIENTS = "coefficients"
 
 
-ALL_MOVES = (Move.MUTATION, Move.COEFFICIENTS)
+ALL_MOVES = (Move.UNIFORM, Move.MUTATION, Move.COEFFICIENTS)
+_ENDLESS = (Move.MUTATION, Move.COEFFICIENTS)
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def refine(
         raise BudgetError(f"{seconds:g} s is no time for a refinement; give more than 0")
     if evaluations is not None and evaluations < 1:
         raise BudgetError(f"{evaluations} evaluations are too few for a refinement; 1 is the start")
-    if not set(moves) & set(ALL_MOVES):
+    if not set(moves) & set(_ENDLESS):
         raise BudgetError("the refinement has no move: give it mutation, coefficients, or both")
     start = space.plan(plan.schemes, method=plan.method, gap=plan.gap)
     if not space.fits(start, limits):
@@ -259,6 +267,9 @@ class _Search:
         elif not self._clock.over:
             # The start had dominated choices: the better ones are the first candidate.
             self._try_levels(self._position, Move.MUTATION)
+        for levels in self._uniform_plans() if Move.UNIFORM in self._moves else ():
+            if not self._clock.over:
+                self._try_levels(levels, Move.UNIFORM)
         while not self._clock.over and self._stale < _STALE and len(self._free):
             if self._next_move() is Move.COEFFICIENTS:
                 self._weigh()
@@ -329,6 +340,28 @@ class _Search:
         if self._records[-1].accepted:
             self._position = indices
         return loss
+
+    # Uniform plans
+
+    def _uniform_plans(self) -> list[Indices]:
+        """The uniform plans of least loss that fit, as far as layers have their schemes."""
+        schemes = {str(scheme): scheme for one in self._levels for scheme in one.schemes}
+        found = {tuple(self._nearest(one, s) for one in self._levels) for s in schemes.values()}
+        fitting = [levels for levels in found if self._fits(self._spent(levels))]
+        return sorted(fitting, key=lambda levels: (self._plan(levels).loss, levels))[:_UNIFORM]
+
+    @staticmethod
+    def _nearest(one: Levels, scheme: Scheme) -> int:
+        """A layer's level of a scheme; where it has none, its last that goes no further."""
+        texts = [str(each) for each in one.schemes]
+        if str(scheme) in texts:
+            return texts.index(str(scheme))
+        milder = [
+            index
+            for index, each in enumerate(one.schemes)
+            if each.density >= scheme.density and each.weight_bits >= scheme.weight_bits
+        ]
+        return max(milder, default=0)
 
     # Coefficients
 

@@ -10,8 +10,18 @@ import torch
 
 from obc_deploy.benchmarks import gpu
 from obc_deploy.benchmarks.gpu import KINDS, SMALL, VARIANTS, Findings, main, measure, two_four
+from obc_deploy.benchmarks.gpu_engines import ENGINE_VARIANTS, engine_table
 from obc_deploy.benchmarks.record import RESULTS
+from obc_deploy.errors import RuntimeMissingError
+from obc_deploy.exporters.engine import find_library
 from obc_deploy.runtimes.cuda_layers import is_two_four
+from obc_deploy.runtimes.tensorrt import why_no_gpu
+
+try:
+    find_library("tensorrt_rtx")
+    NO_RTX = None
+except RuntimeMissingError as error:
+    NO_RTX = str(error)
 
 CPU = torch.device("cpu")
 
@@ -40,6 +50,9 @@ def test_everything_is_measured_or_named(rehearsal):
             assert len(rows[0]["rounds_ms"]) == SMALL.rounds
             assert rows[0]["facts"]["layers"]
         assert f"network {name} through torch.compile" in missing
+        for variant, _ in ENGINE_VARIANTS:
+            rows = [r for r in found["engines"] if (r["network"], r["variant"]) == (name, variant)]
+            assert len(rows) + missing.count(f"engine {name}, {variant}") == 1
     for kind in KINDS:
         timed = [r for r in found["products"] if r["kind"] == kind]
         if kind.startswith("2:4"):
@@ -51,6 +64,32 @@ def test_everything_is_measured_or_named(rehearsal):
     solvers = {(r["task"], r["solver"]) for r in found["solver"]}
     assert solvers >= {(task, "torch, cpu") for task in SMALL.tasks}
     assert solvers >= {(task, "plain, CPU") for task in SMALL.tasks}
+
+
+@pytest.mark.tensorrt_rtx
+@pytest.mark.skipif(NO_RTX is not None, reason=str(NO_RTX))
+@pytest.mark.skipif(why_no_gpu() is None, reason="a GPU is here")
+def test_every_engine_is_built_where_none_runs(rehearsal):
+    found, text = rehearsal
+    reasons = [e["reason"] for e in found["missing"] if e["what"].startswith("engine ")]
+    assert len(reasons) == len(SMALL.networks) * len(ENGINE_VARIANTS)
+    for reason in reasons:
+        assert reason.startswith("built by TensorRT-RTX ")
+        assert reason.endswith(f"and not run: {why_no_gpu()}")
+    assert "## Engines" not in text
+
+
+def test_the_table_of_engines_says_which_kernels_are_sparse():
+    row = {
+        "network": "net", "batch": 8, "variant": "2:4+int8", "library": "TensorRT 10.9", "ms": 1.0,
+        "ms_with_copies": 1.5, "speedup": 1.25, "error": 0.01, "sparse_found": 12,
+        "sparse_chosen": None, "predicted_macs": 2.0, "predicted_bops": 4.0,
+    }  # fmt: skip
+    dense = {**row, "variant": "dense fp16", "speedup": None}
+    *_, first, second = engine_table([dense, row])
+    assert " | - | 2.00x | 4.00x | - | 1 % | TensorRT 10.9 |" in first
+    assert " | 1.25x | 2.00x | 4.00x | ?/12 | 1 % |" in second
+    assert engine_table([]) == []
 
 
 def test_what_macs_and_bops_promise_stands_beside_what_was_measured(rehearsal):

@@ -83,10 +83,9 @@ def test_the_verdict_is_the_intervals(interval, faster):
 class Replayed:
     """Stands where a GPU would: a session that hands back times it was given."""
 
-    facts = {"device": "a GPU"}
-
     def __init__(self, name, ms, log):
         self.name, self.ms, self.log = name, ms, log
+        self.facts = {"device": "a GPU"}
 
     def time_on_device(self, inputs, *, warmup, samples):
         self.log.append(self.name)

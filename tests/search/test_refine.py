@@ -49,6 +49,55 @@ def test_finds_the_optimum_of_a_loss_that_is_no_sum(budgets):
     assert found.plan.method == "milp, refined"
 
 
+def test_a_uniform_plan_is_among_the_first():
+    """Neighbours that are not alike are what is bad here: no sum of losses knows."""
+    space = chain_space()
+
+    def evaluate(plan):
+        schemes = list(plan.schemes.values())
+        return plan.loss + 100.0 * sum(a != b for a, b in pairwise(schemes))
+
+    start = solve_milp(space, "macs:3x")
+    found = refine(start, space, "macs:3x", evaluate, evaluations=5)
+    tried = [one.plan for one in found.evaluations if one.move is Move.UNIFORM]
+    same = [
+        schemes
+        for schemes in space.layers[0].choices
+        if space.fits(
+            space.plan({layer.name: schemes.scheme for layer in space.layers}),
+            as_budgets("macs:3x"),
+        )
+    ]
+    assert tried
+    assert all(len(set(plan.schemes.values())) == 1 for plan in tried)
+    assert len(tried) == min(3, len(same))
+    assert [plan.loss for plan in tried] == sorted(plan.loss for plan in tried)
+    assert found.plan.evaluated == min(evaluate(plan) for plan in tried) < evaluate(start)
+
+
+def test_layers_without_a_scheme_take_one_with_fewer_zeros():
+    space = space_of(
+        [
+            [(0.0, 10.0), (0.1, 6.0), (0.2, 3.0), (0.4, 2.0), (0.9, 1.0)],
+            [(0.0, 10.0), (0.3, 5.0)],
+            [(0.0, 10.0)],
+        ],
+        metrics=(Metric.MACS,),
+    )
+    start = solve_milp(space, "macs:1.5x")
+    found = refine(start, space, "macs:1.5x", lambda plan: plan.loss, evaluations=20)
+    tried = [list(one.plan.schemes.values()) for one in found.evaluations]
+    uniform = [
+        schemes
+        for schemes, one in zip(tried, found.evaluations, strict=True)
+        if one.move is Move.UNIFORM
+    ]
+    for first, second, third in uniform:
+        assert third.is_dense
+        assert second.density >= min(first.density, 0.5)
+        assert second.is_dense == (first.density > 0.5)
+
+
 @pytest.mark.parametrize("moves", MOVES)
 def test_each_move_helps(moves):
     space = chain_space()
