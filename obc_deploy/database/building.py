@@ -2,12 +2,22 @@
 
 A layer is solved in one call, so that its levels share their traces; it is done when the index
 names its file. The same build killed and started again ends with the same bytes.
+
+While a GPU solves a layer, a thread packs and writes the one before it. For 66 levels of a 256x1152
+layer that takes 0.4 s where two cores solve for 16 s: nothing there, and as long as a GPU takes
+that is twenty to forty times as fast.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
 
 from obc_deploy.database.compact import Packed, pack
 from obc_deploy.database.files import exclusive, read_form, sweep, write_index, write_layer
@@ -26,7 +36,8 @@ from obc_deploy.database.store import Database, refuse_other
 from obc_deploy.errors import DatabaseError
 from obc_deploy.schemes import Scheme
 from obc_deploy.solvers import METHODS, solve_levels
-from obc_deploy.solvers.contract import LayerProblem, Progress
+from obc_deploy.solvers.contract import CompressedLayer, LayerProblem, Progress
+from obc_deploy.solvers.dispatch import torch_device
 
 Stage = Callable[[str, float], None]
 """Called with the name of the layer at work and the share of the whole build that is done."""
@@ -81,28 +92,33 @@ def build(
     with exclusive(folder):
         index = _stored(folder)
         sweep(folder, index)
-        for problem in problems:
-            if problem.name in names:
-                raise DatabaseError(
-                    f"two layers are called '{problem.name}'; a database tells layers apart by "
-                    "their names"
+        with _Finishing(folder, index, behind=_solves_elsewhere(device)) as finishing:
+            for problem in problems:
+                if problem.name in names:
+                    raise DatabaseError(
+                        f"two layers are called '{problem.name}'; a database tells layers apart by "
+                        "their names"
+                    )
+                names.add(problem.name)
+                identity = identity_of(problem, method=chosen, dtype=dtype, solver=SOLVER_VERSION)
+                # What the thread is still writing is another layer's.
+                known = finishing.index
+                old = _whole(Database(folder, known), problem.name, identity, overwrite=overwrite)
+                levels = all_levels(
+                    tuple(levels_of(outline_of_problem(problem))), known.layers.get(problem.name)
                 )
-            names.add(problem.name)
-            identity = identity_of(problem, method=chosen, dtype=dtype, solver=SOLVER_VERSION)
-            old = _whole(Database(folder, index), problem.name, identity, overwrite=overwrite)
-            levels = all_levels(
-                tuple(levels_of(outline_of_problem(problem))), index.layers.get(problem.name)
-            )
-            if not levels:
-                continue
-            record = _with_levels(
-                folder, problem, levels, identity, old, device, shares.of(problem.name)
-            )
-            if record != old:
-                index = _recorded(folder, index, problem.name, record)
+                if levels:
+                    finishing.take(
+                        _solved(problem, levels, identity, old, device, shares.of(problem.name))
+                    )
         if not (folder / FILE_NAME).exists():
-            write_index(folder, index)
+            write_index(folder, finishing.index)
     return Database.open(folder)
+
+
+def _solves_elsewhere(device: str) -> bool:
+    """Whether the CPU idles while a layer is solved."""
+    return torch_device(device).type != "cpu"
 
 
 def _stored(folder: Path) -> Index:
@@ -130,39 +146,135 @@ def _whole(
     return record
 
 
-def _with_levels(
-    folder: Path,
+@dataclass(frozen=True)
+class _Solved:
+    """A layer whose missing forms were solved, and are not yet on disk.
+
+    Attributes:
+        name: the layer.
+        rows: of its weight.
+        cols: of its weight.
+        identity: of its problem.
+        levels: all that it is to have.
+        old: its record, if that is still true.
+        forms: what `old` lacks; emptied as they are packed.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    identity: Identity
+    levels: tuple[Scheme, ...]
+    old: LayerRecord | None
+    forms: list[CompressedLayer[Tensor]]
+
+
+def _solved(
     problem: LayerProblem,
     levels: tuple[Scheme, ...],
     identity: Identity,
     old: LayerRecord | None,
     device: str,
     progress: Progress,
-) -> LayerRecord:
-    """The layer's record with these levels, whose file is written."""
-    texts = tuple(str(level) for level in levels)
-    errors = {} if old is None else dict(old.errors)
+) -> _Solved:
+    errors = {} if old is None else old.errors
     missing = [form for form in forms_of(levels) if str(form) not in errors]
-    if old is not None and not missing:
-        return old.model_copy(update={"levels": texts})
-    solved = solve_levels(
-        problem, missing, method=identity.method, dtype=identity.dtype, device=device,
-        progress=progress,
-    )  # fmt: skip
-    packed: dict[str, Packed] = {}
-    if old is not None:
-        packed = {text: read_form(folder / old.file, text) for text in errors}
-    # Taken off the list, so that each full form is gone when the next one is packed.
-    while solved:
-        form = solved.pop()
-        packed[str(form.scheme)] = pack(form)
-        errors[str(form.scheme)] = form.error
-    file, sha256 = write_layer(folder, problem.name, packed)
+    forms: list[CompressedLayer[Tensor]] = []
+    if old is None or missing:
+        forms = solve_levels(
+            problem, missing, method=identity.method, dtype=identity.dtype, device=device,
+            progress=progress,
+        )  # fmt: skip
     rows, cols = problem.weight.shape
-    return LayerRecord(
-        rows=rows, cols=cols, identity=identity, file=file, sha256=sha256, levels=texts,
-        errors=dict(sorted(errors.items())),
-    )  # fmt: skip
+    return _Solved(problem.name, rows, cols, identity, levels, old, forms)
+
+
+class _StoppedError(Exception):
+    """The build was interrupted while a layer was being packed."""
+
+
+class _Finishing:
+    """Packs and writes solved layers, one at a time; behind the solver's back, if that is wanted.
+
+    A layer is taken when the one before it is on disk, so at most two layers' forms are held. At
+    the end, and where a later layer fails, what was taken is finished; an interrupt drops it.
+    """
+
+    def __init__(self, folder: Path, index: Index, *, behind: bool) -> None:
+        self.index = index
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1, "obc-database") if behind else None
+        self._pending: Future[Index] | None = None
+        self._stopped = threading.Event()
+
+    def take(self, solved: _Solved) -> None:
+        """Write a layer and its record.
+
+        Raises:
+            DatabaseError: this layer, or the one before it, cannot be packed or written.
+        """
+        self.wait()
+        if self._thread is None:
+            self.index = self._finished(solved, self.index)
+        else:
+            self._pending = self._thread.submit(self._finished, solved, self.index)
+
+    def wait(self) -> None:
+        """Until everything taken is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.index = pending.result()
+
+    def __enter__(self) -> _Finishing:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish what was taken, unless interrupted."""
+        try:
+            if error is not None and not isinstance(error, Exception):
+                self._stopped.set()
+            else:
+                self.wait()
+        finally:
+            if self._thread is not None:
+                self._stopped.set()
+                self._thread.shutdown()
+
+    def _finished(self, solved: _Solved, index: Index) -> Index:
+        record = self._written(solved)
+        if record == solved.old:
+            return index
+        return _recorded(self._folder, index, solved.name, record)
+
+    def _written(self, solved: _Solved) -> LayerRecord:
+        """The layer's record, whose file is written."""
+        old, forms = solved.old, solved.forms
+        texts = tuple(str(level) for level in solved.levels)
+        if old is not None and not forms:
+            return old.model_copy(update={"levels": texts})
+        errors: dict[str, float] = {}
+        packed: dict[str, Packed] = {}
+        if old is not None:
+            errors = dict(old.errors)
+            packed = {text: read_form(self._folder / old.file, text) for text in errors}
+        # Taken off the list, so that each full form is gone when the next one is packed.
+        while forms:
+            if self._stopped.is_set():
+                raise _StoppedError
+            form = forms.pop()
+            packed[str(form.scheme)] = pack(form)
+            errors[str(form.scheme)] = form.error
+        file, sha256 = write_layer(self._folder, solved.name, packed)
+        return LayerRecord(
+            rows=solved.rows, cols=solved.cols, identity=solved.identity, file=file,
+            sha256=sha256, levels=texts, errors=dict(sorted(errors.items())),
+        )  # fmt: skip
 
 
 def _recorded(folder: Path, index: Index, name: str, record: LayerRecord) -> Index:

@@ -7,13 +7,14 @@ import fcntl
 import json
 import math
 import resource
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from layer_problems import LEVELS, all_levels, contents, make_problem, network, places, same_bits
 
-from obc_deploy.database import Database, build, outline_of_problem, plan_build
+from obc_deploy.database import Database, build, building, outline_of_problem, plan_build
 from obc_deploy.errors import DatabaseError, ProblemError, SchemeError
 from obc_deploy.schemes import Scheme
 from obc_deploy.solvers import METHODS, solve_levels
@@ -21,6 +22,14 @@ from obc_deploy.solvers import METHODS, solve_levels
 
 def some(*texts):
     return lambda outline: [Scheme.parse(text) for text in texts]
+
+
+@pytest.fixture(autouse=True, params=["in turn", "behind the solver"])
+def finishing(request, monkeypatch):
+    """Layers are written in turn, or while the next is solved, as with a GPU."""
+    behind = request.param == "behind the solver"
+    monkeypatch.setattr(building, "_solves_elsewhere", lambda device: behind)
+    return request.param
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,7 +100,7 @@ def test_progress_names_layers_and_grows_to_one(tmp_path):
     assert list(dict.fromkeys(name for name, _ in seen)) == ["conv1", "block/conv2", "linear"]
 
 
-def test_with_a_plan_problems_are_taken_one_at_a_time(tmp_path):
+def test_with_a_plan_problems_are_taken_one_at_a_time(tmp_path, finishing):
     folder = tmp_path / "db"
     plan = plan_build([outline_of_problem(p) for p in network()], all_levels, folder)
     stored_when_asked = []
@@ -105,7 +114,10 @@ def test_with_a_plan_problems_are_taken_one_at_a_time(tmp_path):
     build(
         made_late(), all_levels, folder, plan=plan, progress=lambda _, share: shares.append(share)
     )
-    assert stored_when_asked == [0, 1, 2]
+    late = int(finishing != "in turn")
+    for place, stored in enumerate(stored_when_asked):
+        assert place - late <= stored <= place
+    assert len(stored_when_asked) == 3
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
 
@@ -340,6 +352,56 @@ def test_bad_problems_keep_what_was_finished(tmp_path):
     assert_valid(tmp_path / "db", [make_problem("good")], ["2:4"])
     with pytest.raises(ProblemError, match="is no"):
         build([make_problem(weight=torch.zeros(4))], some("2:4"), tmp_path / "db")
+
+
+def test_an_interrupted_build_is_valid_and_goes_on(tmp_path, finishing):
+    folder = tmp_path / "db"
+
+    def interrupt(layer, share):
+        if layer == "linear":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(network(), all_levels, folder, progress=interrupt)
+    done = Database.open(folder).layers
+    assert done[:1] == ("conv1",)
+    assert set(done) <= {"conv1", "block/conv2"}
+    assert finishing != "in turn" or len(done) == 2
+    named = {record.file for record in Database.open(folder).index.layers.values()}
+    assert set(contents(folder)) == {"index.json", *named}
+    build(network(), all_levels, folder)
+    build(network(), all_levels, tmp_path / "uninterrupted")
+    assert contents(folder) == contents(tmp_path / "uninterrupted")
+
+
+def test_a_layer_is_written_while_the_next_is_solved(tmp_path, finishing, monkeypatch):
+    events, real_write, real_solve = [], building.write_layer, building.solve_levels
+    solving = threading.Event()
+
+    def write(folder, layer, packed):
+        # Behind the solver the first layer is held up until the second is being solved.
+        if finishing == "behind the solver" and layer == "conv1":
+            assert solving.wait(30)
+        events.append(("written", layer))
+        return real_write(folder, layer, packed)
+
+    def solve(problem, *others, **settings):
+        events.append(("solved", problem.name))
+        if problem.name != "conv1":
+            solving.set()
+        return real_solve(problem, *others, **settings)
+
+    monkeypatch.setattr(building, "write_layer", write)
+    monkeypatch.setattr(building, "solve_levels", solve)
+    build(network(), some("2:4"), tmp_path / "db")
+    names = [problem.name for problem in network()]
+    if finishing == "in turn":
+        wanted = [(what, name) for name in names for what in ("solved", "written")]
+        assert events == wanted
+    else:
+        assert events.index(("solved", names[1])) < events.index(("written", names[0]))
+        assert [name for what, name in events if what == "written"] == names
+    assert_valid(tmp_path / "db", network(), ["2:4"])
 
 
 def test_unknown_layers_and_levels_are_named(tmp_path):
