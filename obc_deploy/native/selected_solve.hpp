@@ -38,11 +38,10 @@ class SelectedSolve final : public RowSolver {
             eliminate(start, count - start < kBlock ? count - start : kBlock, count);
             if (progress.stopped()) return false;
         }
+        for (int64_t i = count; i < whole_vectors<double>(count); ++i) x_[i] = 0.0;
         for (int64_t k = count; k-- > 0;) {
             const double* f = *factor_ + k * length_;
-            double sum = x_[k];
-            for (int64_t j = k + 1; j < count; ++j) sum -= f[j] * x_[j];
-            x_[k] = sum / f[k];
+            x_[k] = (x_[k] - product(f, k + 1, count)) / f[k];
         }
         double* to = solution_ + row * cols;
         std::fill(to, to + cols, 0.0);
@@ -52,6 +51,7 @@ class SelectedSolve final : public RowSolver {
 
   private:
     static constexpr int64_t kBlock = 32;
+    static constexpr double kTiny = 1e-300;
 
     void eliminate(int64_t start, int64_t width, int64_t count) {
         const int64_t end = start + width;
@@ -64,20 +64,49 @@ class SelectedSolve final : public RowSolver {
         }
         for (int64_t k = 0; k < width; ++k) {
             double* v = factor + k * length_;
-            for (int64_t m = 0; m < k; ++m) {
-                const double* u = factor + m * length_;
-                subtract(v + start + k, u[start + k], u + start + k, count - start - k);
-            }
-            const double pivot = v[start + k] > 1e-300 ? v[start + k] : 1e-300;
-            const double root = 1.0 / std::sqrt(pivot);
-            for (int64_t j = start + k; j < count; ++j) v[j] *= root;
-            x_[start + k] /= v[start + k];
-            subtract(x_ + start + k + 1, x_[start + k], v + start + k + 1, count - start - k - 1);
+            const int64_t at = start + k, left = count - at;
+            int64_t m = 0;
+            for (; m + 4 <= k; m += 4) subtract_four(v + at, factor + m * length_ + at, left);
+            for (; m < k; ++m) subtract(v + at, factor[m * length_ + at], factor + m * length_ + at, left);
+            const double root = 1.0 / std::sqrt(v[at] > kTiny ? v[at] : kTiny);
+            for (int64_t j = at; j < count; ++j) v[j] *= root;
+            for (int64_t j = count; j < whole_vectors<double>(count); ++j) v[j] = 0.0;
+            x_[at] /= v[at];
+            subtract(x_ + at + 1, x_[at], v + at + 1, left - 1);
         }
         if (end < count) {
             double* rest = matrix + end * length_ + end;
             update_.apply(rest, length_, rest, length_, factor + end, length_, width, count - end);
         }
+    }
+
+    // Four rows at once, each as often as its first number says.
+    void subtract_four(double* __restrict__ to, const double* __restrict__ from, int64_t count) const {
+        const double a = from[0], b = from[length_], c = from[2 * length_], d = from[3 * length_];
+        const double *second = from + length_, *third = from + 2 * length_, *last = from + 3 * length_;
+        for (int64_t j = 0; j < count; ++j) {
+            to[j] -= a * from[j] + b * second[j] + (c * third[j] + d * last[j]);
+        }
+    }
+
+    // Sum of f_j x_j for j from `begin` on; both are zero beyond `count` to a whole vector.
+    double product(const double* f, int64_t begin, int64_t count) const {
+        const double* x = x_;
+        const int64_t end = whole_vectors<double>(count);
+        int64_t j = begin;
+        double sum = 0.0;
+        for (; j % kLanes<double> && j < end; ++j) sum += f[j] * x[j];
+        Vector<double> sums[4] = {};
+        for (; j + 4 * kLanes<double> <= end; j += 4 * kLanes<double>) {
+#pragma GCC unroll 4
+            for (int u = 0; u < 4; ++u) {
+                sums[u] += load<double>(f + j + u * kLanes<double>) * load<double>(x + j + u * kLanes<double>);
+            }
+        }
+        for (; j < end; j += kLanes<double>) sums[0] += load<double>(f + j) * load<double>(x + j);
+        sums[0] += sums[1] + (sums[2] + sums[3]);
+        for (int lane = 0; lane < kLanes<double>; ++lane) sum += sums[0][lane];
+        return sum;
     }
 
     static void subtract(double* __restrict__ to, double amount, const double* __restrict__ from,

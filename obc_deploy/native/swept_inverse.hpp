@@ -36,7 +36,6 @@ class SweptInverse {
     static constexpr int64_t kBlock = 32;
 
     double* panel(int64_t k) { return panel_ + k * length_; }
-    double* vector(int64_t k) { return vectors_ + k * length_; }
 
     void sweep(int64_t start, int64_t width, int64_t count) {
         const int64_t end = start + width;
@@ -52,7 +51,8 @@ class SweptInverse {
         }
         // [A_KK | 1] by rows to [L^T | L^-1], whole rows at once.
         alignas(64) double upper[kBlock][kBlock] = {}, half[kBlock][kBlock] = {};
-        alignas(64) double whole[kBlock][kBlock] = {};  // (L L^T)^-1
+        alignas(64) double whole[kBlock][kBlock] = {};  // (L L^T)^-1 = L^-T L^-1
+        alignas(64) double turned[kBlock][kBlock];      // L^-T
         for (int64_t k = 0; k < width; ++k) {
             for (int64_t j = 0; j < width; ++j) upper[k][j] = panel(k)[start + j];
             half[k][k] = 1.0;
@@ -74,35 +74,39 @@ class SweptInverse {
                 for (int64_t j = 0; j < kBlock; ++j) whole[k][j] += factor * half[i][j];
             }
         }
-        multiply(half, width, count);
+        for (int64_t i = 0; i < kBlock; ++i) {
+            for (int64_t j = 0; j < kBlock; ++j) turned[i][j] = half[j][i];
+        }
+        multiply<false>(half, panel_, vectors_, width, count);
         update_.apply(matrix_, length_, matrix_, length_, vectors_, length_, width, count);
-        multiply(whole, width, count);
+        multiply<true>(turned, vectors_, panel_, width, count);
         for (int64_t k = 0; k < width; ++k) {
             double* row = matrix_ + (start + k) * length_;
-            std::memcpy(row, vector(k), size_t(start) * sizeof(double));
+            std::memcpy(row, panel(k), size_t(start) * sizeof(double));
             for (int64_t j = 0; j <= k; ++j) row[start + j] = -whole[k][j];
         }
         for (int64_t j = end; j < count; ++j) {
             double* row = matrix_ + j * length_ + start;
-            for (int64_t k = 0; k < width; ++k) row[k] = vector(k)[j];
+            for (int64_t k = 0; k < width; ++k) row[k] = panel(k)[j];
         }
     }
 
-    // vectors <- factor times panel.
-    void multiply(const double (*factor)[kBlock], int64_t width, int64_t count) {
+    // to <- factor times from; the factor is zero above its diagonal, or below it where it is `upper`.
+    template <bool upper>
+    void multiply(const double (*factor)[kBlock], const double* from, double* to, int64_t width,
+                  int64_t count) {
         constexpr int kRows = 8;
         for (int64_t j = 0; j < count; j += kLanes<double>) {
             for (int64_t row = 0; row < width; row += kRows) {
+                const int64_t below = row + kRows < width ? row + kRows : width;
                 Vector<double> sum[kRows] = {};
-                for (int64_t m = 0; m < width; ++m) {
-                    const Vector<double> from = load<double>(panel_ + m * length_ + j);
+                for (int64_t m = upper ? row : 0; m < (upper ? width : below); ++m) {
+                    const Vector<double> x = load<double>(from + m * length_ + j);
 #pragma GCC unroll 8
-                    for (int k = 0; k < kRows; ++k) sum[k] += factor[row + k][m] * from;
+                    for (int k = 0; k < kRows; ++k) sum[k] += factor[row + k][m] * x;
                 }
 #pragma GCC unroll 8
-                for (int k = 0; k < kRows; ++k) {
-                    store<double>(vectors_ + (row + k) * length_ + j, sum[k]);
-                }
+                for (int k = 0; k < kRows; ++k) store<double>(to + (row + k) * length_ + j, sum[k]);
             }
         }
     }
