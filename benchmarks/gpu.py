@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from obc_deploy import native
 from obc_deploy.benchmarks.gpu_engines import ENGINE_VARIANTS, engine_table, time_engines
-from obc_deploy.benchmarks.gpu_findings import Findings, promised
+from obc_deploy.benchmarks.gpu_findings import Findings, repeated_inputs, timed_row
 from obc_deploy.benchmarks.record import RESULTS, Record, take_record
 from obc_deploy.benchmarks.solver import TASKS, layer_problem, plain_run
 from obc_deploy.runtimes.cuda_layers import Arithmetic, GpuAbilities
@@ -479,9 +479,7 @@ def _time_network(
     device: torch.device, found: Findings,
 ) -> None:  # fmt: skip
     opened: dict[str, tuple[TorchCudaSession, CompressedModel, float]] = {}
-    sample = models["dense"].samples.arrays(0, 1 << 20)
-    arrays = [np.ascontiguousarray(np.resize(a, (batch, *a.shape[1:]))) for a in sample]
-    inputs = dict(zip(models["dense"].network.input_names, arrays, strict=True))
+    inputs = repeated_inputs(models["dense"], batch)
     suffix = ", compiled" if compiled else ""
     try:
         for variant, scheme, arithmetic, sparse in VARIANTS:
@@ -517,19 +515,13 @@ def _time_network(
                     taken[variant].append(float(np.median(timed.samples_ms)))
         dense = times.get("dense fp16")
         for variant, (session, model, error) in opened.items():
-            ratios = [d / t for d, t in zip(dense, times[variant], strict=True)] if dense else []
             found.networks.append(
                 {
                     "network": name,
                     "batch": batch,
-                    "variant": variant,
                     "compiled": compiled,
-                    "ms": statistics.median(times[variant]),
-                    "ms_with_copies": statistics.median(copies[variant]),
-                    "rounds_ms": times[variant],
-                    "speedup": statistics.median(ratios) if ratios else None,
                     "error": error,
-                    **promised(model, variant),
+                    **timed_row(model, variant, times[variant], copies[variant], dense),
                     "facts": session.facts,
                 }
             )

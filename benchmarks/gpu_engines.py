@@ -5,7 +5,6 @@ Where engines are only built ahead of time and nothing runs them, that is named 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from obc_deploy.benchmarks.gpu_findings import Findings, promised
+from obc_deploy.benchmarks.gpu_findings import Findings, repeated_inputs, timed_row
 from obc_deploy.runtimes.tensorrt import TITLES, why_no_gpu
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def time_engines(
     from obc_deploy.runtimes.session import open_session
 
     missing = why_no_gpu()
-    inputs = _inputs(models["dense"], batch)
+    inputs = repeated_inputs(models["dense"], batch)
     with ExitStack() as stack:
         opened: dict[str, tuple[Session, BuiltEngine, float]] = {}
         for variant, scheme in ENGINE_VARIANTS:
@@ -135,33 +134,20 @@ def time_engines(
                 copies[variant].append(float(np.median(taken.with_copies_ms)))
         dense = times.get("dense fp16")
         for variant, (_, built, error) in opened.items():
-            ratios = [d / t for d, t in zip(dense, times[variant], strict=True)] if dense else []
             made = built.engine.manifest
             found.engines.append(
                 {
                     "network": name,
                     "batch": batch,
-                    "variant": variant,
                     "library": f"{TITLES[made.library]} {made.version}",
-                    "ms": statistics.median(times[variant]),
-                    "ms_with_copies": statistics.median(copies[variant]),
-                    "rounds_ms": times[variant],
-                    "speedup": statistics.median(ratios) if ratios else None,
                     "error": error,
                     "sparse_found": made.sparse_found_count,
                     "sparse_chosen": made.sparse_chosen_count,
                     "size_bytes": made.size_bytes,
                     "build_seconds": made.seconds,
-                    **promised(built.model, variant),
+                    **timed_row(built.model, variant, times[variant], copies[variant], dense),
                 }
             )
-
-
-def _inputs(model: CompressedModel, batch: int) -> dict[str, npt.NDArray[Any]]:
-    """Calibration samples, repeated up to a batch."""
-    sample = model.samples.arrays(0, 1 << 20)
-    arrays = [np.ascontiguousarray(np.resize(a, (batch, *a.shape[1:]))) for a in sample]
-    return dict(zip(model.network.input_names, arrays, strict=True))
 
 
 def engine_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from obc_deploy.data import first_line
 from obc_deploy.errors import ObcDeployError
@@ -83,3 +86,37 @@ def promised(model: CompressedModel, variant: str) -> dict[str, float]:
         macs += left
         bops += left * (8 if quantized else FLOAT_BITS)
     return {"predicted_macs": dense / macs, "predicted_bops": FLOAT_BITS * dense / bops}
+
+
+def repeated_inputs(model: CompressedModel, batch: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Calibration samples, repeated up to a batch, by input name."""
+    sample = model.samples.arrays(0, 1 << 20)
+    arrays = [np.ascontiguousarray(np.resize(a, (batch, *a.shape[1:]))) for a in sample]
+    return dict(zip(model.network.input_names, arrays, strict=True))
+
+
+def timed_row(
+    model: CompressedModel,
+    variant: str,
+    rounds_ms: Sequence[float],
+    with_copies_ms: Sequence[float],
+    dense_ms: Sequence[float] | None,
+) -> dict[str, Any]:
+    """What a network's times come to, with what was promised.
+
+    Args:
+        model: what was timed.
+        variant: its name.
+        rounds_ms: a median a round.
+        with_copies_ms: the same with inputs and outputs copied from and to the host.
+        dense_ms: of the dense variant in the same rounds; None where it was not timed.
+    """
+    ratios = [d / t for d, t in zip(dense_ms, rounds_ms, strict=True)] if dense_ms else []
+    return {
+        "variant": variant,
+        "ms": statistics.median(rounds_ms),
+        "ms_with_copies": statistics.median(with_copies_ms),
+        "rounds_ms": list(rounds_ms),
+        "speedup": statistics.median(ratios) if ratios else None,
+        **promised(model, variant),
+    }

@@ -11,11 +11,11 @@ that is twenty to forty times as fast.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def build(
     with exclusive(folder):
         index = _stored(folder)
         sweep(folder, index)
-        with _Finishing(folder, index, behind=_solves_elsewhere(device)) as finishing:
+        with _finishing(folder, index, behind=_solves_elsewhere(device)) as finishing:
             for problem in problems:
                 if problem.name in names:
                     raise DatabaseError(
@@ -196,16 +196,15 @@ class _StoppedError(Exception):
 class _Finishing:
     """Packs and writes solved layers, one at a time; behind the solver's back, if that is wanted.
 
-    A layer is taken when the one before it is on disk, so at most two layers' forms are held. At
-    the end, and where a later layer fails, what was taken is finished; an interrupt drops it.
+    A layer is taken when the one before it is on disk, so at most two layers' forms are held.
     """
 
-    def __init__(self, folder: Path, index: Index, *, behind: bool) -> None:
+    def __init__(self, folder: Path, index: Index, thread: ThreadPoolExecutor | None) -> None:
         self.index = index
+        self.stopped = threading.Event()
         self._folder = folder
-        self._thread = ThreadPoolExecutor(1, "obc-database") if behind else None
+        self._thread = thread
         self._pending: Future[Index] | None = None
-        self._stopped = threading.Event()
 
     def take(self, solved: _Solved) -> None:
         """Write a layer and its record.
@@ -224,27 +223,6 @@ class _Finishing:
         pending, self._pending = self._pending, None
         if pending is not None:
             self.index = pending.result()
-
-    def __enter__(self) -> _Finishing:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finish what was taken, unless interrupted."""
-        try:
-            if error is not None and not isinstance(error, Exception):
-                self._stopped.set()
-            else:
-                self.wait()
-        finally:
-            if self._thread is not None:
-                self._stopped.set()
-                self._thread.shutdown()
 
     def _finished(self, solved: _Solved, index: Index) -> Index:
         record = self._written(solved)
@@ -265,7 +243,7 @@ class _Finishing:
             packed = {text: read_form(self._folder / old.file, text) for text in errors}
         # Taken off the list, so that each full form is gone when the next one is packed.
         while forms:
-            if self._stopped.is_set():
+            if self.stopped.is_set():
                 raise _StoppedError
             form = forms.pop()
             packed[str(form.scheme)] = pack(form)
@@ -275,6 +253,21 @@ class _Finishing:
             rows=solved.rows, cols=solved.cols, identity=solved.identity, file=file,
             sha256=sha256, levels=texts, errors=dict(sorted(errors.items())),
         )  # fmt: skip
+
+
+@contextmanager
+def _finishing(folder: Path, index: Index, *, behind: bool) -> Iterator[_Finishing]:
+    """What is taken is finished, also where a later layer fails; an interrupt drops it."""
+    with ThreadPoolExecutor(1, "obc-database") as thread:
+        finishing = _Finishing(folder, index, thread if behind else None)
+        try:
+            yield finishing
+            finishing.wait()
+        except Exception:
+            finishing.wait()
+            raise
+        finally:
+            finishing.stopped.set()
 
 
 def _recorded(folder: Path, index: Index, name: str, record: LayerRecord) -> Index:
