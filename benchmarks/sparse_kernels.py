@@ -251,7 +251,8 @@ class TracedSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.enable_profiling = True
-        options.profile_file_prefix = str(folder / operator)
+        # A folder of its own: traces are named by the millisecond, and two can be made within one.
+        options.profile_file_prefix = str(Path(tempfile.mkdtemp(dir=folder)) / operator)
         options.register_custom_ops_library(str(sparse.library_path()))
         self._operator = operator
         self._session = onnxruntime.InferenceSession(
