@@ -179,5 +179,10 @@ struct Lanes {
         return _mm512_dpbusd_epi32(sums, _mm512_load_si512(pixels), weights);
     }
     static OBC_INLINE Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
-    static OBC_INLINE Arithmetic::Integers whole(Sums sums) { return sums; }
+    // GCC may not look through to a bias that no block was added to: it would then convert bias and
+    // sums on two ways, and find no registers for both.
+    static OBC_INLINE Arithmetic::Integers whole(Sums sums) {
+        __asm__("" : "+v"(sums));
+        return sums;
+    }
 };
