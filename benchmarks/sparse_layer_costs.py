@@ -6,7 +6,7 @@ For every shape there are two sessions, one of ONNX Runtime's operators and one 
 tensors where they are integer ones. They run in turn in one process, on one thread, and ONNX
 Runtime's trace says how long each operator took. Per operator, times are fitted as non-negative
 sums of counts (products, blocks times pixels, ...), by least squares of relative errors. What is
-printed goes into `obc_deploy.exporters.sparse_cost`.
+printed goes into `obc_deploy.exporters.operator_costs`.
 """
 
 from __future__ import annotations

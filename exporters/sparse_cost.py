@@ -1,14 +1,8 @@
 """What an operator costs in ONNX Runtime and in our kernels, from measurements.
 
-Nanoseconds on one thread, as sums of counts times constants. The constants are fits to what
-`obc_deploy.benchmarks.sparse_layer_costs` measured, interleaved in one process, on an Intel Xeon at
-2.5 GHz (Cascade Lake, AVX512-VNNI) with ONNX Runtime 1.31: 24 convolutions of ResNets, VGG and
-MobileNet at 0 to 90 % zero blocks, 10 depthwise ones, 9 planes and 5 fully connected layers; in
-float the same convolutions at 50 to 95 % zeros, and the fully connected layers at 1, 16 and 128
-rows. In the geometric mean a fit is off by a factor of 1.19 for ONNX Runtime's convolutions, 1.18
-for ours, 1.04 to 1.7 for the rest; in float by 1.23 and 1.26 for convolutions, 1.08 to 1.88 for
-fully connected layers. The call of a sparse convolution was measured again in chains of small ones,
-after it had become 5 us shorter. Another processor's times differ more than the ratios that decide.
+Nanoseconds on one thread, as sums of counts times constants that were measured on two processors
+(`operator_costs`); those of this machine's maker are taken. Where the file is to run on the other,
+the times differ more than the ratios that decide.
 """
 
 from __future__ import annotations
@@ -16,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from obc_deploy.exporters.operator_costs import costs_here
 from obc_deploy.exporters.sparse_blocks import BLOCK
 
 _PLAIN = ("call", "elements")
@@ -61,70 +56,6 @@ COUNTS: Mapping[str, tuple[str, ...]] = {
 ONNX Runtime pools codes channels last behind a convolution of its own (NhwcMaxPool), and else in a
 plain loop, forty times slower (NchwMaxPool).
 """
-
-
-_NANOSECONDS: Mapping[str, Mapping[str, float]] = {
-    "QLinearConv": {
-        "call": 9800,
-        "multiplications": 0.00357,
-        "results": 0.262,
-        "columns": 0.0807,
-        "odd_columns": 1.03,
-        "weights": 0.0433,
-    },
-    "SparseConvolution": {
-        "call": 5000,
-        "band_pixels": 0.0271,
-        "blocks": 0.675,
-        "results": 0.269,
-        "channels_in": 0.0694,
-        "residuals": 0.475,
-    },
-    "QuantizeLinear": {"call": 7510, "elements": 0.328},
-    "QuantizeToBlocks": {"call": 10900, "lanes": 0.358, "lines": 30.4},
-    "DequantizeLinear": {"call": 6150, "elements": 0.292},
-    "DequantizeFromBlocks": {"call": 3210, "lanes": 0.295, "lines": 71},
-    "QLinearConv depthwise": {"call": 8840, "taps": 0.0864},
-    "DepthwiseConvolution": {"call": 5240, "lane_taps": 0.0607, "line_taps": 8.95},
-    "Transpose": {"call": 4150, "elements": 0.134},
-    "QLinearAdd": {"call": 7290, "elements": 0.285},
-    "Add": {"call": 6110, "lanes": 0.493, "lines": 5.5},
-    "QLinearConcat": {"call": 5930, "elements": 0.0903},
-    "Concat": {"call": 7190, "lanes": 0.148, "lines": 1.85},
-    "NchwMaxPool": {"call": 17800, "taps": 6.63},
-    "NhwcMaxPool": {"call": 6390, "taps": 0.113},
-    "MaxPool": {"call": 5780, "lane_taps": 0.072, "line_taps": 5.86},
-    "QLinearAveragePool": {"call": 13300, "taps": 4.65},
-    "AveragePool": {"call": 3340, "lane_taps": 1.44, "line_taps": 19.2},
-    "QLinearGlobalAveragePool": {"call": 6470, "elements": 0.119},
-    "GlobalAveragePool": {"call": 5910, "lanes": 0.0461, "lines": 9.09},
-    "FromBlocks": {"call": 5340, "lanes": 0.141, "lines": 3.02},
-    "ToBlocks": {"call": 5120, "lanes": 0.145, "lines": 0.835},
-    "Conv": {
-        "call": 4360,
-        "multiplications": 0.0204,
-        "results": 0.34,
-        "columns": 0.046,
-        "weights": 0.319,
-    },
-    "SparseConvolutionFloat": {
-        "call": 900,
-        "block_pixels": 0.0733,
-        "results": 1.79,
-        "channels_in": 2.3,
-    },
-    "Gemm row": {"call": 9460, "multiplications": 0.21},
-    "Gemm rows": {"call": 12900, "multiplications": 0.0294},
-    "SparseLinearFloat row": {"call": 14700, "block_pixels": 1.2, "results": 10.1},
-    "SparseLinearFloat rows": {
-        "call": 18400,
-        "block_pixels": 0.13,
-        "results": 0.347,
-        "columns": 1.97,
-    },
-    "QGemm": {"call": 6080, "multiplications": 0.0579},
-    "SparseLinearDequantize": {"call": 7910, "block_pixels": 0.905, "results": 16},
-}
 
 
 FLOAT_TILE = 128
@@ -279,9 +210,9 @@ def nanoseconds(operator: str, work: Work) -> float:
         operator: a key of `COUNTS`.
         work: how much it has to do.
     """
-    return sum(cost * work.counts[count] for count, cost in _NANOSECONDS[operator].items())
+    return sum(cost * work.counts[count] for count, cost in costs_here()[operator].items())
 
 
 def residual_ns(results: int) -> float:
     """What a sparse convolution takes longer where it adds a residual to so many results."""
-    return _NANOSECONDS["SparseConvolution"].get("residuals", 0.0) * results
+    return costs_here()["SparseConvolution"].get("residuals", 0.0) * results

@@ -120,10 +120,21 @@ constexpr int kMostBandChannels = 4;
 constexpr int kBandSizes = 3;
 struct Band;
 
-// The output pixels of one pass of the innermost loop: rows x columns vectors.
+// The output pixels of one pass of the innermost loop: rows x columns vectors. A halved tile has one row,
+// of whose last vector only the first half is there: planes of 7x7 pixels are three vectors and one pixel.
 struct TileShape {
     int rows;
     int columns;
+    bool halved;
+
+    int pixels(int lanes) const { return rows * columns * lanes - (halved ? lanes / 2 : 0); }
+};
+
+// What is known of all sums that a channel can have.
+enum class SumsAre {
+    kAny,
+    kBounded,    // times the multiplier they are within an int32
+    kRectified,  // see below
 };
 
 // Sums are rectified where all are below 2^23, and a negative one becomes the lowest code, as with a
@@ -176,6 +187,7 @@ struct BorderRun {  // pixels of the output's border that fall to one tile
 
 // Where a tile's pixels are (tile_places.cpp).
 struct TilePlace {
+    int64_t first_pixel;  // in place: of the tile, in bytes from the tensor's start
     // Subtiles, one a lane: bytes from the tensors' starts.
     int64_t input[kMostLanes];
     int64_t residual[kMostLanes];
@@ -203,10 +215,9 @@ struct BandRow {
 
 // The rows of a chunk's bands that have the same number of channels.
 struct BandRows {
-    int64_t row;     // the first one
+    int64_t row;    // the first one
     int64_t count;
-    int64_t block;   // the first one's, in offset_
-    int64_t weight;  // and in weights_
+    int64_t block;  // where the first one's are in blocks_
 };
 
 // Where the parts of the scratch memory start, in bytes.
@@ -240,6 +251,7 @@ public:
     BlockedShape residual_shape_;
     const ConvolutionKernels* kernels_;
     bool flat_;        // pixels as one list (1x1), or a subtile of the plane for each lane
+    bool in_place_;    // tiles are read where they are in the tensor, not packed
     int tile_;         // index of the tile's shape
     int64_t tiles_;
     int64_t down_;     // subtiles of an image
@@ -262,11 +274,12 @@ public:
     int64_t chunk_;
     std::vector<BandRow> rows_;
     std::vector<BandRows> band_rows_;   // kBandSizes for each chunk of each group
-    std::vector<uint16_t> offset_;      // in the packed tile, in units of kOffsetUnit bytes
-    std::vector<int8_t> weights_;       // 4 for each block and channel, as wide as the kernel wants them
-    std::vector<int32_t> bias_;         // plus kRectifiedBits where sums are rectified
+    // Of each block its offset from the group's start of the tile in bytes, an int32, then the weights of each of the
+    // band's channels, as wide as the kernel wants them.
+    std::vector<uint8_t> blocks_;
+    std::vector<int32_t> bias_;         // plus kRectifiedBits where sums are kRectified
     std::vector<float> multiplier_;
-    bool rectified_;
+    SumsAre sums_;
     CodeRange range_;
     ResidualAdd residual_;
     int32_t zero_point_;  // of the output
@@ -282,7 +295,7 @@ private:
 };
 
 constexpr float kNearHalf = 0.5f - 1.0f / 4096;  // of what a reciprocal may round to the wrong side
-constexpr int kOffsetUnit = 8;
+constexpr int kOffsetBytes = 4;
 constexpr int kAlignment = 64;
 
 }  // namespace sparse

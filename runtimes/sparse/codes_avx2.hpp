@@ -115,44 +115,55 @@ struct Arithmetic {
         return _mm256_movemask_ps(_mm256_cmp_ps(away, _mm256_set1_ps(kNearHalf), _CMP_GT_OQ)) != 0;
     }
 
+    // A CodeRange, in memory as vectors: to broadcast a byte takes longer than to load a vector.
+    struct Bounds {
+        Packed zero_point;  // 16 bits each
+        Packed lower;
+        Packed upper;
+
+        explicit Bounds(const CodeRange& range)
+            : zero_point(_mm256_set1_epi16(static_cast<int16_t>(range.zero_point))),
+              lower(_mm256_set1_epi8(static_cast<char>(range.lower))),
+              upper(_mm256_set1_epi8(static_cast<char>(range.upper))) {}
+    };
     // Codes of four vectors: in each 16 bytes four of a, four of b, four of c, four of d.
     template <bool kWholeRange>
-    static OBC_INLINE Packed narrowed(Integers a, Integers b, Integers c, Integers d, const CodeRange& range) {
-        __m256i ab = _mm256_packs_epi32(a, b);
-        __m256i cd = _mm256_packs_epi32(c, d);
+    static OBC_INLINE Packed narrowed(Integers a, Integers b, Integers c, Integers d, const Bounds& bounds) {
+        const __m256i ab = _mm256_packs_epi32(a, b);
+        const __m256i cd = _mm256_packs_epi32(c, d);
         if (kWholeRange) return _mm256_packus_epi16(ab, cd);
-        const __m256i zero_point = _mm256_set1_epi16(static_cast<int16_t>(range.zero_point));
-        ab = _mm256_adds_epi16(ab, zero_point);
-        cd = _mm256_adds_epi16(cd, zero_point);
-        const Packed raised =
-            _mm256_max_epu8(_mm256_packus_epi16(ab, cd), _mm256_set1_epi8(static_cast<char>(range.lower)));
-        return _mm256_min_epu8(raised, _mm256_set1_epi8(static_cast<char>(range.upper)));
+        const Packed moved =
+            _mm256_packus_epi16(_mm256_adds_epi16(ab, bounds.zero_point), _mm256_adds_epi16(cd, bounds.zero_point));
+        return _mm256_min_epu8(_mm256_max_epu8(moved, bounds.lower), bounds.upper);
     }
     // Four vectors of pixels of the codes that `narrowed` left of four channels.
-    static OBC_INLINE void interleave(const uint8_t* const* channels, uint8_t* to) {
+    static OBC_INLINE void interleave(const uint8_t* const* channels, Packed* pixels) {
         const Packed a = load(channels[0]), b = load(channels[1]);
         const Packed c = load(channels[2]), d = load(channels[3]);
         const Packed ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
         const Packed cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
-        store(to, _mm256_unpacklo_epi16(ab_low, cd_low));
-        store(to + 32, _mm256_unpackhi_epi16(ab_low, cd_low));
-        store(to + 64, _mm256_unpacklo_epi16(ab_high, cd_high));
-        store(to + 96, _mm256_unpackhi_epi16(ab_high, cd_high));
+        pixels[0] = _mm256_unpacklo_epi16(ab_low, cd_low);
+        pixels[1] = _mm256_unpackhi_epi16(ab_low, cd_low);
+        pixels[2] = _mm256_unpacklo_epi16(ab_high, cd_high);
+        pixels[3] = _mm256_unpackhi_epi16(ab_high, cd_high);
     }
     // One channel of a vector of pixels, and back from all four.
     static OBC_INLINE Floats channel(Packed pixels, int channel) {
         const __m256i moved = _mm256_srli_epi32(pixels, 8 * channel);
         return floats(_mm256_and_si256(moved, _mm256_set1_epi32(255)));
     }
-    static OBC_INLINE Packed pixels(const Integers* channels, const CodeRange& range) {
-        const Packed by_channel = narrowed<false>(channels[0], channels[1], channels[2], channels[3], range);
+    static OBC_INLINE Packed pixels(const Integers* channels, const Bounds& bounds) {
+        const Packed by_channel = narrowed<false>(channels[0], channels[1], channels[2], channels[3], bounds);
         const __m128i order = _mm_set_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
         return _mm256_shuffle_epi8(by_channel, _mm256_broadcastsi128_si256(order));
     }
     static OBC_INLINE Packed load(const uint8_t* from) {
-        return _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     }
     static OBC_INLINE void store(uint8_t* to, Packed packed) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to), packed);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+    }
+    static OBC_INLINE void store_first(uint8_t* to, Packed packed, int64_t pixels) {
+        _mm256_maskstore_epi32(reinterpret_cast<int*>(to), Codes::first(pixels), packed);
     }
 };

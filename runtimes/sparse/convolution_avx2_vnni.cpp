@@ -11,8 +11,8 @@
 #endif
 
 #define OBC_INLINE inline __attribute__((always_inline))
-#define OBC_TILE_SHAPES(SHAPE)                                                               \
-    SHAPE(1, 1) SHAPE(1, 2) SHAPE(1, 4) SHAPE(1, 7) SHAPE(1, 12) SHAPE(2, 2) SHAPE(2, 4)
+#define OBC_TILE_SHAPES(WHOLE, HALVED)                                                               \
+    WHOLE(1, 1) WHOLE(1, 2) WHOLE(1, 4) WHOLE(1, 7) WHOLE(1, 12) WHOLE(2, 2) WHOLE(2, 4)
 #define OBC_DPBUSD _mm256_dpbusd_avx_epi32
 
 namespace obc {

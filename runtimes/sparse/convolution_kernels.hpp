@@ -7,26 +7,31 @@
 
 typedef void (*Accumulate)(const RowsOfBlocks&);
 
-#define OBC_SHAPE(rows, columns) {rows, columns},
-static constexpr TileShape kTileShapes[] = {OBC_TILE_SHAPES(OBC_SHAPE)};
-#undef OBC_SHAPE
-template <int kRows, int kColumns, int kChannels, Ending kEnding>
+#define OBC_WHOLE(rows, columns) {rows, columns, false},
+#define OBC_HALVED(rows, columns) {rows, columns, true},
+static constexpr TileShape kTileShapes[] = {OBC_TILE_SHAPES(OBC_WHOLE, OBC_HALVED)};
+#undef OBC_WHOLE
+#undef OBC_HALVED
+template <int kRows, int kColumns, bool kHalved, int kChannels, Ending kEnding>
 static constexpr Accumulate kernel() {
     if constexpr (kChannels > Lanes::kBandChannels) {
         return nullptr;
     } else {
-        return &accumulate<kRows, kColumns, kChannels, kEnding, 0>;
+        return &accumulate<kRows, kColumns, kHalved, kChannels, kEnding, 0>;
     }
 }
-#define OBC_KERNELS(rows, columns, channels)                                                            \
-    {kernel<rows, columns, channels, Ending::kSums>(), kernel<rows, columns, channels, Ending::kExact>(), \
-     kernel<rows, columns, channels, Ending::kRectified>(),                                             \
-     kernel<rows, columns, channels, Ending::kRectifiedWholeRange>()},
-#define OBC_BAND_KERNELS(rows, columns) \
-    {OBC_KERNELS(rows, columns, 1) OBC_KERNELS(rows, columns, 2) OBC_KERNELS(rows, columns, 4)},
-static constexpr Accumulate kAccumulate[][kBandSizes][4] = {OBC_TILE_SHAPES(OBC_BAND_KERNELS)};
-#undef OBC_BAND_KERNELS
-#undef OBC_KERNELS
+#define OBC_ENDINGS(...)                                                                            \
+    {kernel<__VA_ARGS__, Ending::kSums>(), kernel<__VA_ARGS__, Ending::kExact>(),                   \
+     kernel<__VA_ARGS__, Ending::kBounded>(), kernel<__VA_ARGS__, Ending::kRectified>(),            \
+     kernel<__VA_ARGS__, Ending::kRectifiedWholeRange>()},
+#define OBC_BANDS(...) {OBC_ENDINGS(__VA_ARGS__, 1) OBC_ENDINGS(__VA_ARGS__, 2) OBC_ENDINGS(__VA_ARGS__, 4)},
+#define OBC_WHOLE(rows, columns) OBC_BANDS(rows, columns, false)
+#define OBC_HALVED(rows, columns) OBC_BANDS(rows, columns, true)
+static constexpr Accumulate kAccumulate[][kBandSizes][kEndings] = {OBC_TILE_SHAPES(OBC_WHOLE, OBC_HALVED)};
+#undef OBC_WHOLE
+#undef OBC_HALVED
+#undef OBC_BANDS
+#undef OBC_ENDINGS
 
 #include "run_convolution.hpp"
 
@@ -38,7 +43,7 @@ static int64_t products_alone(int64_t rounds) {
     constexpr int kChains = Lanes::kPixels >= 16 ? 12 : 6;
     constexpr int kSteps = 16;  // compilers copy registers from round to round
     alignas(64) uint8_t pixels[Lanes::kPixels * Lanes::kPixelBytes] = {1};
-    alignas(64) int8_t block[64] = {1};
+    alignas(64) uint8_t block[64] = {1};
     alignas(64) uint8_t sums[Lanes::kPixels * Lanes::kSumBytes];
     __asm__ volatile("" : "+m"(pixels), "+m"(block));  // nothing is known of them
     const Lanes::Weights weights = Lanes::weights(block);

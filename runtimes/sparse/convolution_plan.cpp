@@ -21,11 +21,18 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // with the packed tile.
 constexpr int64_t kChunkBytes = 8 * 1024;
 
+// Vectors that a halved tile takes less than a whole one: half a product on processors that have two units
+// of 256 bits, and everything else as much, or almost.
+constexpr double kHalfSaved = 0.4;
+
 // Of the second cache, what stays a packed tile's own beside the weights and sums that stream through.
 constexpr double kOwnSecondCache = 48 * 1024;
 
-// What 16 bits can address.
-constexpr int64_t kMostGroupBytes = int64_t{kOffsetUnit} << 16;
+constexpr double kPageBytes = 4096;
+constexpr double kPagesAtHand = 60;
+
+// What a block's offset can address.
+constexpr int64_t kMostGroupBytes = std::numeric_limits<int32_t>::max();
 
 // Even positions first, then odd ones, where the stride is 2.
 std::vector<int32_t> slots(int64_t positions, int64_t stride) {
@@ -38,6 +45,7 @@ std::vector<int32_t> slots(int64_t positions, int64_t stride) {
 
 struct Geometry {
     bool flat;
+    bool in_place;
     int64_t position_rows;
     int64_t position_columns;
     int64_t down;
@@ -52,14 +60,47 @@ bool is_flat(const ConvolutionShape& shape) {
            shape.left == 0 && shape.bottom == 0 && shape.right == 0;
 }
 
+// Of the first cache, whose lines are 64 bytes: what a set holds at least, on all processors of interest.
+constexpr int kCacheSets = 64;
+constexpr int kCacheWays = 8;
+constexpr int64_t kLineBytes = 64;
+
+// Whether the vectors of a tile may be loaded from the tensor itself: where they are whole lines. Planes
+// may be as far apart as to fall to the same few sets of the first cache; then a packed tile is faster.
+bool can_stay_in_place(const ConvolutionShape& shape, const TileShape& tile, const ConvolutionKernels& kernels) {
+    const BlockedShape& input = shape.input;
+    const int64_t tile_bytes = int64_t{tile.columns} * kernels.lanes * kBlock;
+    const int64_t plane_bytes = input.plane_bytes();
+    const bool whole_vectors = is_flat(shape) && !tile.halved && shape.stride == 1 && input.border == 0 &&
+                               kernels.pixel_bytes == kBlock && plane_bytes % (kernels.lanes * kBlock) == 0 &&
+                               tile_bytes <= plane_bytes && plane_bytes % kLineBytes == 0 &&
+                               input.image_bytes() <= kMostGroupBytes;
+    if (!whole_vectors) return false;
+    int lines[kCacheSets] = {};
+    int64_t all = 0;
+    int most = 0;
+    for (int64_t block = 0; block < input.blocks(); ++block) {
+        for (int64_t byte = 0; byte < tile_bytes; byte += kLineBytes, ++all) {
+            int& set = lines[(block * plane_bytes + byte) / kLineBytes % kCacheSets];
+            most = std::max(most, ++set);
+        }
+    }
+    return most <= std::max<int64_t>(kCacheWays, 2 * all / kCacheSets);
+}
+
 Geometry geometry_of(const ConvolutionShape& shape, const BlockedShape& output, const TileShape& tile,
-                     const ConvolutionKernels& kernels) {
+                     bool in_place, const ConvolutionKernels& kernels) {
     Geometry g = {};
     g.flat = is_flat(shape);
-    if (g.flat) {
+    g.in_place = in_place;
+    if (in_place) {
         g.position_rows = 1;
         g.position_columns = tile.columns;
-        g.tiles = ceil_divide(output.images * output.height * output.width, tile.columns * kernels.lanes);
+        g.tiles = output.images * ceil_divide(output.height * output.width, tile.columns * kernels.lanes);
+    } else if (g.flat) {
+        g.position_rows = 1;
+        g.position_columns = tile.columns;
+        g.tiles = ceil_divide(output.images * output.height * output.width, tile.pixels(kernels.lanes));
     } else {
         g.position_rows = (tile.rows - 1) * shape.stride + shape.kernel_height;
         g.position_columns = (tile.columns - 1) * shape.stride + shape.kernel_width;
@@ -67,7 +108,8 @@ Geometry geometry_of(const ConvolutionShape& shape, const BlockedShape& output, 
         g.across = ceil_divide(output.width, tile.columns);
         g.tiles = ceil_divide(output.images * g.down * g.across, kernels.lanes);
     }
-    g.block_bytes = g.position_rows * g.position_columns * kernels.lanes * kernels.pixel_bytes;
+    const int64_t half_bytes = int64_t{kernels.lanes} / 2 * kernels.pixel_bytes;
+    g.block_bytes = (g.position_rows * g.position_columns * 2 - tile.halved) * half_bytes;
     return g;
 }
 
@@ -75,7 +117,7 @@ Geometry geometry_of(const ConvolutionShape& shape, const BlockedShape& output, 
 // in the first cache is read faster, but each further group stores and loads all sums once more.
 double cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometry& g,
                const ConvolutionKernels& kernels, const int64_t* blocks) {
-    const double vectors = tile.rows * tile.columns;
+    const double vectors = tile.rows * tile.columns - (tile.halved ? kHalfSaved : 0.0);
     const double groups = static_cast<double>(g.groups);
     const double in_blocks = static_cast<double>(shape.input.blocks());
     const double channels = static_cast<double>(shape.out_channels);
@@ -87,29 +129,38 @@ double cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geome
                                          0.94 + 0.4 * beyond_first + 0.6 * beyond_second,
                                          1.76 + 0.3 * beyond_first + 0.6 * beyond_second};
     double accumulating = 0;
-    for (int size = 0; size < kBandSizes; ++size) {
-        accumulating += static_cast<double>(blocks[size]) * std::max(vectors * a_vector[size] + 1.5, 3.5);
+    double block = 1.5;
+    if (g.in_place) {
+        // Planes are on pages of their own; beyond those that the processor has at hand, loads wait.
+        const double plane_bytes = static_cast<double>(shape.input.plane_bytes());
+        const double bytes = std::min(plane_bytes, static_cast<double>(g.block_bytes) + kPageBytes);
+        const double pages = in_blocks / groups * bytes / kPageBytes;
+        block += 4.0 * std::max(0.0, 1.0 - kPagesAtHand / pages);
     }
-    const double rows = channels * groups * (vectors + 14.0) + channels * (groups - 1.0) * vectors * 2.0;
+    for (int size = 0; size < kBandSizes; ++size) {
+        accumulating += static_cast<double>(blocks[size]) * std::max(vectors * a_vector[size] + block, 3.5);
+    }
+    const double rows = channels * groups * (vectors + 14.0) + channels * (groups - 1.0) * vectors * 3.0;
     const double requantizing = channels * vectors * (g.flat ? 4.2 : 5.7);
-    const double packing =
-        in_blocks * static_cast<double>(g.position_rows * g.position_columns) * (g.flat ? 2.0 : 5.0);
+    const double a_position = g.in_place ? 1.0 : g.flat ? 3.0 : 5.0;
+    const double packing = in_blocks * static_cast<double>(g.position_rows * g.position_columns) * a_position;
     return static_cast<double>(g.tiles) * (accumulating + rows + requantizing + packing);
 }
 
-// See kRectifiedBits.
-bool can_be_rectified(const BlockWeights& weights, const Requantization& how, int64_t out_channels) {
-    if (how.lower < how.zero_point) return false;
+SumsAre known_of_sums(const BlockWeights& weights, const Requantization& how, int64_t out_channels) {
+    bool bounded = true;
+    bool rectified = how.lower >= how.zero_point;
     for (int64_t o = 0; o < out_channels; ++o) {
         double most = std::abs(static_cast<double>(how.bias[o]));
         const int64_t end = int64_t{weights.row_start[o + 1]} * kBlock;
         for (int64_t w = int64_t{weights.row_start[o]} * kBlock; w < end; ++w) {
             most += 255.0 * std::abs(static_cast<int>(weights.values[w]));
         }
+        bounded = bounded && most * std::abs(static_cast<double>(how.multiplier[o])) < 2147483000.0;
         // The multiplier times 2^23 is exact, and times the largest sum within an int32.
-        if (most >= 8388608.0 || how.multiplier[o] < 1e-30f || how.multiplier[o] > 128.0f) return false;
+        rectified = rectified && most < 8388608.0 && how.multiplier[o] >= 1e-30f && how.multiplier[o] <= 128.0f;
     }
-    return true;
+    return rectified ? SumsAre::kRectified : bounded ? SumsAre::kBounded : SumsAre::kAny;
 }
 
 }  // namespace
@@ -158,26 +209,31 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     for (int t = 0; t < kernels.shape_count; ++t) {
         const TileShape& tile = kernels.shapes[t];
         const bool fits =
-            is_flat(shape) ? tile.rows == 1 : tile.rows <= output_.height && tile.columns <= output_.width;
+            is_flat(shape) ? tile.rows == 1
+                           : !tile.halved && tile.rows <= output_.height && tile.columns <= output_.width;
         if (!fits) continue;
-        Geometry g = geometry_of(shape, output_, tile, kernels);
-        if (g.block_bytes > kMostGroupBytes) continue;
-        // Input blocks of a group: as many as can be addressed, and as many as fit into the first cache.
-        const int64_t most = kMostGroupBytes / g.block_bytes;
-        const int64_t near = std::max<int64_t>(1, kernels.cache_bytes / g.block_bytes);
-        for (int64_t in_group = std::min(in_blocks, most);; in_group = std::max(near, in_group / 2)) {
-            g.groups = ceil_divide(in_blocks, in_group);
-            const double cost = cost_of(shape, tile, g, kernels, blocks);
-            if (cost < least) {
-                least = cost;
-                best = g;
-                tile_ = t;
+        for (const bool in_place : {false, true}) {
+            if (in_place && !can_stay_in_place(shape, tile, kernels)) continue;
+            Geometry g = geometry_of(shape, output_, tile, in_place, kernels);
+            if (g.block_bytes > kMostGroupBytes) continue;
+            // Input blocks of a group: as many as can be addressed, and as many as fit into the first cache.
+            const int64_t most = kMostGroupBytes / g.block_bytes;
+            const int64_t near = std::max<int64_t>(1, kernels.cache_bytes / g.block_bytes);
+            for (int64_t in_group = std::min(in_blocks, most);; in_group = std::max(near, in_group / 2)) {
+                g.groups = ceil_divide(in_blocks, in_group);
+                const double cost = cost_of(shape, tile, g, kernels, blocks);
+                if (cost < least) {
+                    least = cost;
+                    best = g;
+                    tile_ = t;
+                }
+                if (in_group <= near) break;
             }
-            if (in_group <= near) break;
         }
     }
     const TileShape& tile = kernels.shapes[tile_];
     flat_ = best.flat;
+    in_place_ = best.in_place;
     tiles_ = best.tiles;
     down_ = best.down;
     across_ = best.across;
@@ -199,8 +255,8 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
 
     bias_.assign(requantization.bias, requantization.bias + out_channels);
     multiplier_.assign(requantization.multiplier, requantization.multiplier + out_channels);
-    rectified_ = can_be_rectified(weights, requantization, out_channels);
-    if (rectified_) {
+    sums_ = known_of_sums(weights, requantization, out_channels);
+    if (sums_ == SumsAre::kRectified) {
         for (int32_t& bias : bias_) bias += kRectifiedBits;
     }
 
@@ -214,7 +270,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
         bytes += ceil_divide(wanted, kAlignment) * kAlignment;
         return start;
     };
-    reserve(widest * position_rows_ * position_columns_ * kernels.lanes * kernels.pixel_bytes);
+    if (!in_place_) reserve(widest * position_rows_ * position_columns_ * kernels.lanes * kernels.pixel_bytes);
     scratch_.sums = reserve(groups() == 1 ? 0 : out_channels * pixels * kernels.sum_bytes);
     scratch_.bytes = reserve(std::min(chunk_, out_channels) * channel_bytes);
     scratch_.spare = reserve(channel_bytes);
@@ -246,8 +302,7 @@ void ConvolutionPlan::order_blocks(const BlockWeights& weights, const std::vecto
                 std::stable_sort(same.begin(), same.end(),
                                  [](const Row& a, const Row& b) { return a.blocks.size() < b.blocks.size(); });
                 band_rows_.push_back(BandRows{static_cast<int64_t>(rows_.size()), static_cast<int64_t>(same.size()),
-                                              static_cast<int64_t>(offset_.size()),
-                                              static_cast<int64_t>(weights_.size())});
+                                              static_cast<int64_t>(blocks_.size())});
                 for (const Row& row : same) add_row(weights, *row.band, row.blocks, g);
             }
         }
@@ -267,7 +322,13 @@ void ConvolutionPlan::add_row(const BlockWeights& weights, const Band& band, con
         const int64_t vector = ((index % in_blocks - group_start_[group]) * position_rows_ +
                                 row_slot_[position / shape_.kernel_width]) * position_columns_ +
                                column_slot_[position % shape_.kernel_width];
-        offset_.push_back(static_cast<uint16_t>(vector * vector_bytes / kOffsetUnit));
+        const int64_t block = index % in_blocks - group_start_[group];
+        int64_t start = vector * vector_bytes;
+        if (in_place_) start = block * shape_.input.plane_bytes();
+        if (kernels_->shapes[tile_].halved) start = block * vector_bytes / 2;
+        const int32_t offset = static_cast<int32_t>(start);
+        const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(&offset);
+        blocks_.insert(blocks_.end(), bytes, bytes + kOffsetBytes);
         for (int32_t b = 0; b < band.channels; ++b) {
             const int32_t* const first = weights.block_index + weights.row_start[band.channel[b]];
             const int32_t* const last = weights.block_index + weights.row_start[band.channel[b] + 1];
@@ -275,8 +336,8 @@ void ConvolutionPlan::add_row(const BlockWeights& weights, const Band& band, con
             const bool present = found != last && *found == index;
             for (int c = 0; c < kBlock; ++c) {
                 const int8_t weight = present ? weights.values[(found - weights.block_index) * kBlock + c] : int8_t{0};
-                weights_.push_back(weight);
-                if (kernels_->weight_bytes == 2 * kBlock) weights_.push_back(weight < 0 ? -1 : 0);
+                blocks_.push_back(static_cast<uint8_t>(weight));
+                if (kernels_->weight_bytes == 2 * kBlock) blocks_.push_back(weight < 0 ? 255 : 0);
             }
         }
     }

@@ -2,7 +2,7 @@
 #include "block_convolution.hpp"
 
 #define OBC_INLINE inline
-#define OBC_TILE_SHAPES(SHAPE) SHAPE(1, 1) SHAPE(1, 2) SHAPE(1, 4) SHAPE(2, 2) SHAPE(2, 4)
+#define OBC_TILE_SHAPES(WHOLE, HALVED) WHOLE(1, 1) WHOLE(1, 2) WHOLE(1, 4) WHOLE(2, 2) WHOLE(2, 4)
 
 namespace obc {
 namespace sparse {

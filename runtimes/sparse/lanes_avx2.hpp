@@ -67,7 +67,7 @@ struct Lanes {
         _mm256_store_si256(static_cast<__m256i*>(to), sums.low);
         _mm256_store_si256(static_cast<__m256i*>(to) + 1, sums.high);
     }
-    static OBC_INLINE Weights weights(const int8_t* block) {
+    static OBC_INLINE Weights weights(const uint8_t* block) {
         int64_t four;
         __builtin_memcpy(&four, block, sizeof four);
         return _mm256_set1_epi64x(four);

@@ -28,13 +28,13 @@ struct Lanes {
     static OBC_INLINE void store(void* to, Sums sums) {
         _mm256_store_si256(static_cast<__m256i*>(to), sums);
     }
-    static OBC_INLINE Weights weights(const int8_t* block) {
+    static OBC_INLINE Weights weights(const uint8_t* block) {
         int32_t four;
         __builtin_memcpy(&four, block, sizeof four);
         return _mm256_set1_epi32(four);
     }
     static OBC_INLINE Sums add_products(Sums sums, const uint8_t* pixels, Weights weights) {
-        return OBC_DPBUSD(sums, load(pixels), weights);
+        return OBC_DPBUSD(sums, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pixels)), weights);
     }
     static OBC_INLINE Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
     static OBC_INLINE Arithmetic::Integers whole(Sums sums) { return sums; }

@@ -111,41 +111,52 @@ struct Arithmetic {
         return _mm512_cmp_ps_mask(away, _mm512_set1_ps(kNearHalf), _CMP_GT_OQ) != 0;
     }
 
+    // A CodeRange, in memory as vectors: to broadcast a byte takes longer than to load a vector.
+    struct Bounds {
+        Packed zero_point;  // 16 bits each
+        Packed lower;
+        Packed upper;
+
+        explicit Bounds(const CodeRange& range)
+            : zero_point(_mm512_set1_epi16(static_cast<int16_t>(range.zero_point))),
+              lower(_mm512_set1_epi8(static_cast<char>(range.lower))),
+              upper(_mm512_set1_epi8(static_cast<char>(range.upper))) {}
+    };
     // Codes of four vectors: in each 16 bytes four of a, four of b, four of c, four of d.
     template <bool kWholeRange>
-    static OBC_INLINE Packed narrowed(Integers a, Integers b, Integers c, Integers d, const CodeRange& range) {
-        __m512i ab = _mm512_packs_epi32(a, b);
-        __m512i cd = _mm512_packs_epi32(c, d);
+    static OBC_INLINE Packed narrowed(Integers a, Integers b, Integers c, Integers d, const Bounds& bounds) {
+        const __m512i ab = _mm512_packs_epi32(a, b);
+        const __m512i cd = _mm512_packs_epi32(c, d);
         if (kWholeRange) return _mm512_packus_epi16(ab, cd);
-        const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(range.zero_point));
-        ab = _mm512_adds_epi16(ab, zero_point);
-        cd = _mm512_adds_epi16(cd, zero_point);
-        const Packed raised =
-            _mm512_max_epu8(_mm512_packus_epi16(ab, cd), _mm512_set1_epi8(static_cast<char>(range.lower)));
-        return _mm512_min_epu8(raised, _mm512_set1_epi8(static_cast<char>(range.upper)));
+        const Packed moved =
+            _mm512_packus_epi16(_mm512_adds_epi16(ab, bounds.zero_point), _mm512_adds_epi16(cd, bounds.zero_point));
+        return _mm512_min_epu8(_mm512_max_epu8(moved, bounds.lower), bounds.upper);
     }
     // Four vectors of pixels of the codes that `narrowed` left of four channels.
-    static OBC_INLINE void interleave(const uint8_t* const* channels, uint8_t* to) {
+    static OBC_INLINE void interleave(const uint8_t* const* channels, Packed* pixels) {
         const Packed a = load(channels[0]), b = load(channels[1]);
         const Packed c = load(channels[2]), d = load(channels[3]);
         const Packed ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
         const Packed cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
-        store(to, _mm512_unpacklo_epi16(ab_low, cd_low));
-        store(to + 64, _mm512_unpackhi_epi16(ab_low, cd_low));
-        store(to + 128, _mm512_unpacklo_epi16(ab_high, cd_high));
-        store(to + 192, _mm512_unpackhi_epi16(ab_high, cd_high));
+        pixels[0] = _mm512_unpacklo_epi16(ab_low, cd_low);
+        pixels[1] = _mm512_unpackhi_epi16(ab_low, cd_low);
+        pixels[2] = _mm512_unpacklo_epi16(ab_high, cd_high);
+        pixels[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
     }
     // One channel of a vector of pixels, and back from all four.
     static OBC_INLINE Floats channel(Packed pixels, int channel) {
         const __m512i moved = _mm512_srli_epi32(pixels, static_cast<unsigned>(8 * channel));
         return floats(_mm512_and_si512(moved, _mm512_set1_epi32(255)));
     }
-    static OBC_INLINE Packed pixels(const Integers* channels, const CodeRange& range) {
-        const Packed by_channel = narrowed<false>(channels[0], channels[1], channels[2], channels[3], range);
+    static OBC_INLINE Packed pixels(const Integers* channels, const Bounds& bounds) {
+        const Packed by_channel = narrowed<false>(channels[0], channels[1], channels[2], channels[3], bounds);
         return _mm512_shuffle_epi8(by_channel, _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400));
     }
-    static OBC_INLINE Packed load(const uint8_t* from) { return _mm512_load_si512(from); }
-    static OBC_INLINE void store(uint8_t* to, Packed packed) { _mm512_store_si512(to, packed); }
+    static OBC_INLINE Packed load(const uint8_t* from) { return _mm512_loadu_si512(from); }
+    static OBC_INLINE void store(uint8_t* to, Packed packed) { _mm512_storeu_si512(to, packed); }
+    static OBC_INLINE void store_first(uint8_t* to, Packed packed, int64_t pixels) {
+        _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << pixels) - 1), packed);
+    }
 };
 
 struct Lanes {
@@ -170,13 +181,18 @@ struct Lanes {
     }
     static OBC_INLINE Sums load(const void* from) { return _mm512_load_si512(from); }
     static OBC_INLINE void store(void* to, Sums sums) { _mm512_store_si512(to, sums); }
-    static OBC_INLINE Weights weights(const int8_t* block) {
+    static OBC_INLINE Weights weights(const uint8_t* block) {
         int32_t four;
         __builtin_memcpy(&four, block, 4);
         return _mm512_set1_epi32(four);
     }
     static OBC_INLINE Sums add_products(Sums sums, const uint8_t* pixels, Weights weights) {
-        return _mm512_dpbusd_epi32(sums, _mm512_load_si512(pixels), weights);
+        return _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(pixels), weights);
+    }
+    static OBC_INLINE Sums add_half_products(Sums sums, const uint8_t* pixels, Weights weights) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pixels));
+        return _mm512_castsi256_si512(
+            _mm256_dpbusd_epi32(_mm512_castsi512_si256(sums), half, _mm512_castsi512_si256(weights)));
     }
     static OBC_INLINE Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
     // GCC may not look through to a bias that no block was added to: it would then convert bias and

@@ -107,28 +107,30 @@ struct Arithmetic {
         return near;
     }
 
-    static uint8_t code(int32_t value, const CodeRange& range) {
-        const int32_t moved = value + range.zero_point;
-        const int32_t raised = moved < range.lower ? range.lower : moved;
-        return static_cast<uint8_t>(raised > range.upper ? range.upper : raised);
+    typedef CodeRange Bounds;
+    static uint8_t code(int32_t value, const Bounds& bounds) {
+        const int32_t moved = value + bounds.zero_point;
+        const int32_t raised = moved < bounds.lower ? bounds.lower : moved;
+        return static_cast<uint8_t>(raised > bounds.upper ? bounds.upper : raised);
     }
     // Codes of four vectors, one after the other.
     template <bool>
     static Packed narrowed(const Integers& a, const Integers& b, const Integers& c, const Integers& d,
-                           const CodeRange& range) {
+                           const Bounds& bounds) {
         Packed result;
         for (int i = 0; i < Codes::kLanes; ++i) {
-            result.code[i] = code(a.lane[i], range);
-            result.code[Codes::kLanes + i] = code(b.lane[i], range);
-            result.code[2 * Codes::kLanes + i] = code(c.lane[i], range);
-            result.code[3 * Codes::kLanes + i] = code(d.lane[i], range);
+            result.code[i] = code(a.lane[i], bounds);
+            result.code[Codes::kLanes + i] = code(b.lane[i], bounds);
+            result.code[2 * Codes::kLanes + i] = code(c.lane[i], bounds);
+            result.code[3 * Codes::kLanes + i] = code(d.lane[i], bounds);
         }
         return result;
     }
     // Four vectors of pixels of the codes that `narrowed` left of four channels.
-    static void interleave(const uint8_t* const* channels, uint8_t* to) {
+    static void interleave(const uint8_t* const* channels, Packed* pixels) {
         for (int pixel = 0; pixel < 4 * Codes::kLanes; ++pixel) {
-            for (int channel = 0; channel < kBlock; ++channel) to[pixel * kBlock + channel] = channels[channel][pixel];
+            uint8_t* const codes = pixels[pixel / Codes::kLanes].code + pixel % Codes::kLanes * kBlock;
+            for (int channel = 0; channel < kBlock; ++channel) codes[channel] = channels[channel][pixel];
         }
     }
     // One channel of a vector of pixels, and back from all four.
@@ -137,11 +139,11 @@ struct Arithmetic {
         for (int i = 0; i < Codes::kLanes; ++i) result.lane[i] = pixels.code[i * kBlock + channel];
         return result;
     }
-    static Packed pixels(const Integers* channels, const CodeRange& range) {
+    static Packed pixels(const Integers* channels, const Bounds& bounds) {
         Packed result;
         for (int i = 0; i < Codes::kLanes; ++i) {
             for (int channel = 0; channel < kBlock; ++channel) {
-                result.code[i * kBlock + channel] = code(channels[channel].lane[i], range);
+                result.code[i * kBlock + channel] = code(channels[channel].lane[i], bounds);
             }
         }
         return result;
@@ -152,6 +154,9 @@ struct Arithmetic {
         return result;
     }
     static void store(uint8_t* to, const Packed& packed) { __builtin_memcpy(to, &packed, sizeof packed); }
+    static void store_first(uint8_t* to, const Packed& packed, int64_t pixels) {
+        __builtin_memcpy(to, &packed, static_cast<size_t>(pixels * kBlock));
+    }
 };
 
 struct Lanes {
@@ -183,7 +188,11 @@ struct Lanes {
         return sums;
     }
     static void store(void* to, const Sums& sums) { __builtin_memcpy(to, &sums, sizeof sums); }
-    static Weights weights(const int8_t* block) { return Weights{{block[0], block[1], block[2], block[3]}}; }
+    static Weights weights(const uint8_t* block) {
+        int8_t four[kBlock];
+        __builtin_memcpy(four, block, sizeof four);
+        return Weights{{four[0], four[1], four[2], four[3]}};
+    }
     static OBC_INLINE Sums add_products(const Sums& sums, const uint8_t* pixels, const Weights& weights) {
         Sums result;
         for (int i = 0; i < kPixels; ++i) {

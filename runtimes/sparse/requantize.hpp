@@ -6,10 +6,17 @@
 // Beyond any code, and within an int32: a conversion that overflows gives a negative number.
 constexpr float kBeyondCodes = 65536.0f;
 
+// What becomes of sums: they are kept for the next group of input blocks, or made codes in the shortest
+// way that SumsAre allows.
+enum class Ending { kSums, kExact, kBounded, kRectified, kRectifiedWholeRange };
+constexpr int kEndings = 5;
+
 // The sums of one output channel, a vector each, to bytes: four vectors in the place of one.
-template <int kVectors, bool kRectified, bool kWholeRange>
-static OBC_INLINE void requantize(const Lanes::Sums* sums, float channel_multiplier, const CodeRange& range,
+template <int kVectors, Ending kEnding>
+static OBC_INLINE void requantize(const Lanes::Sums* sums, float channel_multiplier, const Arithmetic::Bounds& bounds,
                                   uint8_t* codes) {
+    constexpr bool kRectified = kEnding == Ending::kRectified || kEnding == Ending::kRectifiedWholeRange;
+    constexpr bool kWholeRange = kEnding == Ending::kRectifiedWholeRange;
     const Arithmetic::Floats most = Arithmetic::all(kBeyondCodes);
     const Arithmetic::Floats multiplier = Arithmetic::all(channel_multiplier);
     const Arithmetic::Floats offset = Arithmetic::all(channel_multiplier * -8388608.0f);
@@ -28,9 +35,9 @@ static OBC_INLINE void requantize(const Lanes::Sums* sums, float channel_multipl
                 continue;
             }
             const Arithmetic::Floats product = Arithmetic::product(Arithmetic::floats(whole), multiplier);
-            value[v] = Arithmetic::rounded(Arithmetic::at_most(product, most));
+            value[v] = Arithmetic::rounded(kEnding == Ending::kBounded ? product : Arithmetic::at_most(product, most));
         }
-        Arithmetic::store(codes, Arithmetic::narrowed<kWholeRange>(value[0], value[1], value[2], value[3], range));
+        Arithmetic::store(codes, Arithmetic::narrowed<kWholeRange>(value[0], value[1], value[2], value[3], bounds));
     }
 }
 
@@ -67,7 +74,7 @@ static void add_residual(const ResidualAdd& residual, int32_t convolution_zero_p
     add.scale = Arithmetic::all(residual.scale);
     add.reciprocal = Arithmetic::all(1.0f / residual.scale);
     add.most = Arithmetic::all(kBeyondCodes);
-    const CodeRange range = {residual.zero_point, residual.lower, residual.upper};
+    const Arithmetic::Bounds bounds(CodeRange{residual.zero_point, residual.lower, residual.upper});
     constexpr int kBytes = Lanes::kPixels * kBlock;
     for (int v = 0; v < vectors; ++v, codes += kBytes, other += kBytes) {
         const Arithmetic::Packed own_pixels = Arithmetic::load(codes);
@@ -86,6 +93,6 @@ static void add_residual(const ResidualAdd& residual, int32_t convolution_zero_p
         for (int c = 0; doubtful && c < kBlock; ++c) {
             value[c] = Arithmetic::rounded(Arithmetic::at_most(Arithmetic::quotient(real[c], add.scale), add.most));
         }
-        Arithmetic::store(codes, Arithmetic::pixels(value, range));
+        Arithmetic::store(codes, Arithmetic::pixels(value, bounds));
     }
 }

@@ -32,12 +32,44 @@ static void find_subtiles(const ConvolutionPlan& plan, const BlockedTensors& ten
     }
 }
 
+// Neighbouring pixels of the output.
+static OBC_INLINE void pack_pixels(uint8_t* to, const uint8_t* from, int64_t stride, int64_t pixels) {
+    if (stride == 1) {
+        TilePixels::pack_run(to, from, pixels);
+    } else {
+        TilePixels::pack_every_second(to, from, pixels);
+    }
+}
+
+// Whole vectors of all blocks first, then the halves.
+static void pack_halved(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
+                        uint8_t* wholes, uint8_t* halves, int64_t first, int64_t last) {
+    const int64_t stride = plan.shape_.stride;
+    const int64_t whole_pixels = (plan.position_columns_ - 1) * Lanes::kPixels;
+    for (int64_t block = first; block < last; ++block) {
+        for (int64_t r = 0; r < place.at.pixel_runs; ++r) {
+            const PixelRun& run = place.pixel_runs[r];
+            const uint8_t* from = tensors.input + block * plan.shape_.input.plane_bytes() + run.input;
+            const int64_t before = run.position < whole_pixels ? whole_pixels - run.position : 0;
+            const int64_t whole = before < run.pixels ? before : run.pixels;
+            if (whole > 0) pack_pixels(wholes + run.position * Lanes::kPixelBytes, from, stride, whole);
+            if (whole == run.pixels) continue;
+            from += whole * stride * kBlock;
+            const int64_t position = run.position + whole - whole_pixels;
+            pack_pixels(halves + position * Lanes::kPixelBytes, from, stride, run.pixels - whole);
+        }
+        wholes += whole_pixels * Lanes::kPixelBytes;
+        halves += Lanes::kPixels / 2 * Lanes::kPixelBytes;
+    }
+}
+
 static void pack_group(const ConvolutionPlan& plan, const BlockedTensors& tensors,
-                       const Place& place, const Scratch& scratch, int64_t first, int64_t last) {
+                       const Place& place, const Scratch& scratch, uint8_t* halves, int64_t first, int64_t last) {
     const int64_t plane_bytes = plan.shape_.input.plane_bytes();
     const int64_t tile_bytes =
         plan.position_rows_ * plan.position_columns_ * Lanes::kPixels * Lanes::kPixelBytes;
     uint8_t* to = scratch.tile;
+    if (kTileShapes[plan.tile_].halved) return pack_halved(plan, tensors, place, to, halves, first, last);
     for (int64_t block = first; block < last; ++block, to += tile_bytes) {
         if (!plan.flat_) {
             pack_subtiles<TilePixels>(to, place.subtiles.input, place.at.present,
@@ -51,11 +83,7 @@ static void pack_group(const ConvolutionPlan& plan, const BlockedTensors& tensor
             const PixelRun& run = place.pixel_runs[r];
             uint8_t* const position = to + run.position * Lanes::kPixelBytes;
             const uint8_t* const from = tensors.input + block * plane_bytes + run.input;
-            if (plan.shape_.stride == 1) {
-                TilePixels::pack_run(position, from, run.pixels);
-            } else {
-                TilePixels::pack_every_second(position, from, run.pixels);
-            }
+            pack_pixels(position, from, plan.shape_.stride, run.pixels);
         }
     }
 }
@@ -79,6 +107,15 @@ static void read_residual(const ConvolutionPlan& plan, const BlockedTensors& ten
     }
 }
 
+static void fill_borders(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
+                         int64_t block) {
+    const int64_t offset = block * plan.output_.plane_bytes();
+    for (int64_t r = 0; r < place.at.border_runs; ++r) {
+        const BorderRun& run = place.border_runs[r];
+        fill_pixels(tensors.output + offset + run.output, run.pixels, plan.zero_point_);
+    }
+}
+
 static void write_codes(const ConvolutionPlan& plan, const BlockedTensors& tensors,
                         const Place& place, const Scratch& scratch, const TileShape& shape,
                         int64_t block) {
@@ -93,10 +130,42 @@ static void write_codes(const ConvolutionPlan& plan, const BlockedTensors& tenso
         unpack_subtiles(place.at, place.subtiles, offset, plan.output_.row_bytes(), shape.rows, shape.columns,
                         scratch.pixels);
     }
-    for (int64_t r = 0; r < place.at.border_runs; ++r) {
-        const BorderRun& run = place.border_runs[r];
-        fill_pixels(tensors.output + offset + run.output, run.pixels, plan.zero_point_);
+}
+
+// The codes of four channels, a channel's vectors one after the other, to neighbouring pixels.
+static void interleave_pixels(const uint8_t* const* channels, uint8_t* to, int64_t pixels) {
+    const uint8_t* from[kBlock] = {channels[0], channels[1], channels[2], channels[3]};
+    while (pixels > 0) {
+        Arithmetic::Packed four[4];
+        Arithmetic::interleave(from, four);
+        for (const uint8_t*& channel : from) channel += 4 * Lanes::kPixels;
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            if (pixels < Lanes::kPixels) {
+                if (pixels > 0) Arithmetic::store_first(to, four[v], pixels);
+                return;
+            }
+            Arithmetic::store(to, four[v]);
+            to += Lanes::kPixels * kBlock;
+            pixels -= Lanes::kPixels;
+        }
     }
+}
+
+// The same without the first `skipped` vectors, all whole; `to` is for the one after them.
+static void interleave_after(const uint8_t* const* channels, int64_t skipped, uint8_t* to, int64_t pixels) {
+    const uint8_t* from[kBlock];
+    for (int c = 0; c < kBlock; ++c) from[c] = channels[c] + skipped / 4 * 4 * Lanes::kPixels;
+    if (skipped % 4 != 0) {
+        Arithmetic::Packed four[4];
+        Arithmetic::interleave(from, four);
+        for (int64_t v = skipped % 4; v < 4 && pixels >= Lanes::kPixels; ++v, pixels -= Lanes::kPixels) {
+            Arithmetic::store(to, four[v]);
+            to += Lanes::kPixels * kBlock;
+        }
+        for (const uint8_t*& channel : from) channel += 4 * Lanes::kPixels;
+    }
+    interleave_pixels(from, to, pixels);
 }
 
 // Lanes of channels that do not exist get the zero point.
@@ -109,9 +178,17 @@ static void clear_spare_channels(uint8_t* codes, int64_t pixels, int64_t channel
 }
 
 static Ending ending_of(const ConvolutionPlan& plan) {
-    if (!plan.rectified_) return Ending::kExact;
+    if (plan.sums_ == SumsAre::kAny) return Ending::kExact;
+    if (plan.sums_ == SumsAre::kBounded) return Ending::kBounded;
     const bool whole = plan.range_.zero_point == 0 && plan.range_.lower == 0 && plan.range_.upper == 255;
     return whole ? Ending::kRectifiedWholeRange : Ending::kRectified;
+}
+
+// Whether a tile's pixels are neighbours in all tensors, and need no place between them and the codes.
+static bool is_straight(const ConvolutionPlan& plan, const Place& place) {
+    if (!plan.flat_ || place.at.pixel_runs != 1) return false;
+    const PixelRun& run = *place.pixel_runs;
+    return run.position % Lanes::kPixels == 0 && (!plan.residual_.present || run.pixels % Lanes::kPixels == 0);
 }
 
 // The codes of a chunk of output channels, from channel by channel to the output.
@@ -119,24 +196,40 @@ static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tenso
                         const Scratch& scratch, const TileShape& shape, int64_t first, int64_t last) {
     const int vectors = shape.rows * shape.columns;
     const int64_t channel_bytes = (vectors + 3) / 4 * 4 * Lanes::kPixels;
+    const bool straight = is_straight(plan, place);
     for (int64_t channel = first; channel < last; channel += kBlock) {
         const uint8_t* channels[kBlock];
         for (int64_t c = 0; c < kBlock; ++c) {
             channels[c] = channel + c < last ? scratch.bytes + (channel + c - first) * channel_bytes : scratch.spare;
         }
-        for (int v = 0; v < vectors; v += 4) {
-            Arithmetic::interleave(channels, scratch.pixels + v * Lanes::kPixels * kBlock);
-            for (int c = 0; c < kBlock; ++c) channels[c] += 4 * Lanes::kPixels;
-        }
         const int64_t block = channel / kBlock;
-        if (plan.residual_.present) {
-            read_residual(plan, tensors, place, scratch, shape, block);
-            add_residual(plan.residual_, plan.range_.zero_point, vectors, scratch.residual, scratch.pixels);
-            if (channel + kBlock > last) {
-                clear_spare_channels(scratch.pixels, vectors * Lanes::kPixels, last - channel, plan.zero_point_);
+        uint8_t* pixels = scratch.pixels;
+        int64_t count = vectors * Lanes::kPixels;
+        if (straight) {
+            const PixelRun& run = *place.pixel_runs;
+            pixels = tensors.output + block * plan.output_.plane_bytes() + run.output;
+            count = run.pixels;
+            if (run.position > 0) {
+                interleave_after(channels, run.position / Lanes::kPixels, pixels, count);
+            } else {
+                interleave_pixels(channels, pixels, count);
             }
+        } else {
+            interleave_pixels(channels, pixels, count);
         }
-        write_codes(plan, tensors, place, scratch, shape, block);
+        if (plan.residual_.present) {
+            const uint8_t* other = scratch.residual;
+            if (straight) {
+                other = tensors.residual + block * plan.residual_shape_.plane_bytes() + place.pixel_runs->residual;
+            } else {
+                read_residual(plan, tensors, place, scratch, shape, block);
+            }
+            const int whole = static_cast<int>(count / Lanes::kPixels);
+            add_residual(plan.residual_, plan.range_.zero_point, whole, other, pixels);
+            if (channel + kBlock > last) clear_spare_channels(pixels, count, last - channel, plan.zero_point_);
+        }
+        if (!straight) write_codes(plan, tensors, place, scratch, shape, block);
+        fill_borders(plan, tensors, place, block);
     }
 }
 
@@ -155,12 +248,13 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
     __builtin_memset(scratch.spare, plan.range_.zero_point, static_cast<size_t>(layout.pixels - layout.spare));
     const int ending = static_cast<int>(ending_of(plan));
     const int64_t groups = plan.groups();
+    const Arithmetic::Bounds bounds(plan.range_);
     RowsOfBlocks work = {};
     work.tile = scratch.tile;
     work.pitch = plan.position_columns_ * Lanes::kPixels * Lanes::kPixelBytes;
     work.sums = scratch.sums;
     work.multiplier = plan.multiplier_.data();
-    work.range = plan.range_;
+    work.bounds = &bounds;
     work.codes = scratch.bytes;
     for (int64_t tile = first; tile < last; ++tile) {
         const TilePlace& at = plan.places_[static_cast<size_t>(tile)];
@@ -170,7 +264,14 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
         const BandRows* rows = plan.band_rows_.data();
         for (int64_t g = 0; g < groups; ++g) {
             const bool last_group = g + 1 == groups;
-            pack_group(plan, tensors, place, scratch, plan.group_start_[g], plan.group_start_[g + 1]);
+            if (plan.in_place_) {
+                work.tile = tensors.input + at.first_pixel + plan.group_start_[g] * plan.shape_.input.plane_bytes();
+            } else {
+                const int64_t blocks = plan.group_start_[g + 1] - plan.group_start_[g];
+                uint8_t* const halves = scratch.tile + blocks * (work.pitch - Lanes::kPixels * Lanes::kPixelBytes);
+                pack_group(plan, tensors, place, scratch, halves, plan.group_start_[g], plan.group_start_[g + 1]);
+                work.halves = halves;
+            }
             work.bias = g == 0 ? plan.bias_.data() : nullptr;
             for (int64_t channel = 0; channel < plan.shape_.out_channels; channel += plan.chunk_) {
                 work.first_channel = channel;
@@ -178,8 +279,7 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
                     if (rows->count == 0) continue;
                     work.rows = plan.rows_.data() + rows->row;
                     work.count = rows->count;
-                    work.offset = plan.offset_.data() + rows->block;
-                    work.weights = plan.weights_.data() + rows->weight;
+                    work.blocks = plan.blocks_.data() + rows->block;
                     kAccumulate[plan.tile_][size][last_group ? ending : static_cast<int>(Ending::kSums)](work);
                 }
                 if (!last_group) continue;

@@ -1,4 +1,6 @@
 // Where each tile's pixels are: worked out once for a shape, not in each run.
+#include <algorithm>
+
 #include "block_convolution.hpp"
 
 namespace obc {
@@ -21,11 +23,19 @@ void ConvolutionPlan::own_border(int64_t image, int64_t y, int64_t first_x, int6
 void ConvolutionPlan::place_flat(int64_t tile, TilePlace& place) {
     const BlockedShape& input = shape_.input;
     const int64_t stride = shape_.stride;
-    const int64_t tile_pixels = int64_t{kernels_->shapes[tile_].columns} * kernels_->lanes;
+    const int64_t tile_pixels = kernels_->shapes[tile_].pixels(kernels_->lanes);
     const int64_t image_pixels = output_.height * output_.width;
-    const int64_t begin = tile * tile_pixels;
-    int64_t end = begin + tile_pixels;
-    if (end > output_.images * image_pixels) end = output_.images * image_pixels;
+    int64_t begin = tile * tile_pixels;
+    int64_t end = std::min(begin + tile_pixels, output_.images * image_pixels);
+    int64_t start = begin;  // of the tile; what lies before `begin` belongs to the tile above
+    if (in_place_) {
+        const int64_t tiles = tiles_ / output_.images;
+        const int64_t first = tile / tiles * image_pixels;
+        begin = first + tile % tiles * tile_pixels;
+        end = std::min(begin + tile_pixels, first + image_pixels);
+        start = end - tile_pixels;
+        place.first_pixel = tile / tiles * input.image_bytes() + (start - first) * kBlock;
+    }
     int64_t image = begin / image_pixels;
     int64_t y = begin % image_pixels / output_.width;
     int64_t x = begin % image_pixels % output_.width;
@@ -36,7 +46,7 @@ void ConvolutionPlan::place_flat(int64_t tile, TilePlace& place) {
         const PixelRun run = {image * input.image_bytes() + input.offset(y * stride, x * stride),
                               image * output_.image_bytes() + output_.offset(y, x),
                               image * residual_shape_.image_bytes() + residual_shape_.offset(y, x),
-                              static_cast<int32_t>(pixel - begin), static_cast<int32_t>(pixels)};
+                              static_cast<int32_t>(pixel - start), static_cast<int32_t>(pixels)};
         const bool any = pixel_runs_.size() > first;
         const int64_t before = any ? int64_t{pixel_runs_.back().pixels} * kBlock : -1;
         if (stride == 1 && any && run.input == pixel_runs_.back().input + before &&

@@ -26,8 +26,9 @@ from typer.testing import CliRunner
 from obc_deploy.cli import app
 from obc_deploy.compression import compress
 from obc_deploy.errors import ExportError, RuntimeFailedError, RuntimeMissingError
-from obc_deploy.exporters import blocked_layout, parity, sparse_linear
+from obc_deploy.exporters import blocked_layout, parity, sparse_cost, sparse_linear
 from obc_deploy.exporters.cheapest_forms import Choice, Passing, cheapest_forms
+from obc_deploy.exporters.operator_costs import CASCADE_LAKE, ZEN_4
 from obc_deploy.exporters.rewritten_file import rewrite_onnx
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.exporters.sparse_cost import COUNTS, Work, nanoseconds
@@ -473,7 +474,12 @@ def test_the_cheapest_forms_are_the_cheapest(data):
     assert total(choices, passed, cheapest_forms(choices, passed)) == least
 
 
-def test_costs_grow_with_what_is_stored():
+@pytest.mark.parametrize("costs", [CASCADE_LAKE, ZEN_4], ids=["cascade-lake", "zen-4"])
+def test_costs_grow_with_what_is_stored(costs, monkeypatch):
+    assert set(costs) == set(COUNTS)
+    assert all(set(counts) <= set(COUNTS[name]) for name, counts in costs.items())
+    monkeypatch.setattr(sparse_cost, "costs_here", lambda: costs)
+
     def cost(zeros):
         work = Work.of_convolution(
             pixels=196, in_pixels=196, channels=256, outputs=256, positions=9,

@@ -134,6 +134,14 @@ def test_sparse_convolution_equals_qlinearconv(
 ):
     where = data.draw(windows(input_border, equal_strides=True))
     assume(where.fits(image))
+    check_convolution(
+        where, image, outputs, (input_border, border), density, how, instructions, threads
+    )
+
+
+def check_convolution(where, image, outputs, borders, density, how, instructions, threads):
+    """Against QLinearConv; borders of the input and the output."""
+    input_border, border = borders
     random = image.random()
     weight = block_sparse(random, outputs, image.channels, *where.kernel, density)
     scale, bias = how.weight_scale(random, outputs), how.bias(random, outputs)
@@ -231,6 +239,29 @@ def test_neighbours_of_one_tensor_may_lie_apart_in_another(size, borders, instru
         Windows((3, 3), (1, 1), (1, 1, 1, 1)), Image(1, 12, *size, 0), 8, borders, how,
         0.02, 9, 0.03, 2, (2, 250), instructions, 1,
     )  # fmt: skip
+
+
+@QUICK
+@given(
+    st.sampled_from([(4, 4), (4, 12), (8, 8), (28, 28), (16, 64), (32, 32), (7, 7), (14, 14)]),
+    st.sampled_from([1, 2]), st.sampled_from([3, 4, 60, 130, 530]), CHANNELS, st.integers(1, 3),
+    st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 1)), QUANTIZED, SEEDS, SETS,
+    THREADS, st.booleans(),
+)  # fmt: skip
+def test_1x1_convolutions_equal_the_separate_operators(
+    size, stride, channels, outputs, images, borders, how, seed, instructions, threads,
+    with_residual,
+):  # fmt: skip
+    # Tiles of whole vectors are read where they are, and an image's last one reaches back over its
+    # neighbour; 49 pixels and 196 are cut into tiles whose last vector is half of one.
+    where = Windows((1, 1), (stride, stride), (0, 0, 0, 0))
+    image = Image(images, channels, *(stride * extent for extent in size), seed)
+    if with_residual:
+        check_residual(
+            where, image, outputs, borders, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
+        )
+    else:
+        check_convolution(where, image, outputs, borders[:2], 0.3, how, instructions, threads)
 
 
 def check_residual(
