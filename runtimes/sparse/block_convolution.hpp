@@ -4,7 +4,7 @@
 // products that one VNNI instruction adds up. Only blocks with a non-zero weight are stored.
 //
 //     plan = ConvolutionPlan(shape, weights, requantization, residual, instruction_set)   allocates
-//     for each tile, on any thread: plan.run(tensors, first, last, scratch)               does not
+//     for each unit, on any thread: plan.run(tensors, first, last, scratch)               does not
 //
 // A plan belongs to one shape of the input (it holds the weights in the order in which this shape
 // wants them); make a new one where the shape changes. Fully connected layers and MatMul are 1x1
@@ -237,10 +237,11 @@ public:
                     const Requantization& requantization, const ResidualAdd& residual,
                     const ConvolutionKernels& kernels);
 
-    int64_t tiles() const { return tiles_; }
+    // What threads take turns at: parts of tiles.
+    int64_t units() const { return tiles_ * parts_; }
     // Of each thread, any alignment.
     size_t scratch_bytes() const { return static_cast<size_t>(scratch_.bytes_in_all); }
-    // Tiles first to last - 1. Tiles write disjoint bytes, in any order, at any time.
+    // Units first to last - 1. Units write disjoint bytes, in any order, at any time.
     void run(const BlockedTensors& tensors, int64_t first, int64_t last, void* scratch) const {
         kernels_->run(*this, tensors, first, last, scratch);
     }
@@ -254,6 +255,7 @@ public:
     bool in_place_;    // tiles are read where they are in the tensor, not packed
     int tile_;         // index of the tile's shape
     int64_t tiles_;
+    int64_t parts_;    // of a tile: as many units, with a share of the chunks of output channels each
     int64_t down_;     // subtiles of an image
     int64_t across_;
     // A packed tile of one input block: positions rows x columns, in the order of row_slot and
@@ -272,6 +274,7 @@ public:
     // Blocks by group, then chunk of chunk_ output channels, then size of the bands, then row. Rows
     // with the fewest blocks come first: a loop that runs as often as it did before is foreseen.
     int64_t chunk_;
+    int64_t chunks() const { return (shape_.out_channels + chunk_ - 1) / chunk_; }
     std::vector<BandRow> rows_;
     std::vector<BandRows> band_rows_;   // kBandSizes for each chunk of each group
     // Of each block its offset from the group's start of the tile in bytes, an int32, then the weights of each of the

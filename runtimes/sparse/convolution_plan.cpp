@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <thread>
 
 #include "bands.hpp"
 #include "block_convolution.hpp"
@@ -113,9 +114,14 @@ Geometry geometry_of(const ConvolutionShape& shape, const BlockedShape& output, 
     return g;
 }
 
-// An estimate of the cost in cycles, from the parts measured alone: a group of input blocks that stays
-// in the first cache is read faster, but each further group stores and loads all sums once more.
-double cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometry& g,
+struct Cost {  // in cycles
+    double total;
+    double packing;
+};
+
+// An estimate, from the parts measured alone: a group of input blocks that stays in the first cache is
+// read faster, but each further group stores and loads all sums once more.
+Cost cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometry& g,
                const ConvolutionKernels& kernels, const int64_t* blocks) {
     const double vectors = tile.rows * tile.columns - (tile.halved ? kHalfSaved : 0.0);
     const double groups = static_cast<double>(g.groups);
@@ -142,9 +148,25 @@ double cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geome
     }
     const double rows = channels * groups * (vectors + 14.0) + channels * (groups - 1.0) * vectors * 3.0;
     const double requantizing = channels * vectors * (g.flat ? 4.2 : 5.7);
-    const double a_position = g.in_place ? 1.0 : g.flat ? 3.0 : 5.0;
+    const double a_position = g.in_place ? 1.0 : !g.flat ? 5.0 : shape.stride == 1 ? 4.0 : 10.0;
     const double packing = in_blocks * static_cast<double>(g.position_rows * g.position_columns) * a_position;
-    return static_cast<double>(g.tiles) * (accumulating + rows + requantizing + packing);
+    const double tiles = static_cast<double>(g.tiles);
+    return Cost{tiles * (accumulating + rows + requantizing + packing), g.in_place ? 0.0 : tiles * packing};
+}
+
+// Few tiles leave threads without work: then the output channels are shared out too. How many threads a
+// session has is not known, so a part must be worth its call where there is only one, and as each part
+// packs the tile, packing may not add much.
+int64_t parts_of(const Geometry& g, const Cost& cost, int64_t out_channels) {
+    constexpr double kUnitsOfACore = 2;
+    constexpr double kPartCycles = 30000;
+    constexpr double kMorePacking = 0.03;
+    const double cores = static_cast<double>(std::thread::hardware_concurrency());
+    if (cores < 2) return 1;
+    const double tiles = static_cast<double>(g.tiles);
+    double parts = std::min(std::ceil(cores * kUnitsOfACore / tiles), cost.total / kPartCycles / tiles);
+    if (cost.packing > 0) parts = std::min(parts, 1 + kMorePacking * cost.total / cost.packing);
+    return std::max<int64_t>(1, std::min(static_cast<int64_t>(parts), ceil_divide(out_channels, kBandWindow)));
 }
 
 SumsAre known_of_sums(const BlockWeights& weights, const Requantization& how, int64_t out_channels) {
@@ -205,7 +227,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     int64_t blocks[kBandSizes] = {};
     for (const Band& band : bands) blocks[band.size()] += static_cast<int64_t>(band.blocks.size());
     Geometry best = {};
-    double least = std::numeric_limits<double>::infinity();
+    Cost least = {std::numeric_limits<double>::infinity(), 0};
     for (int t = 0; t < kernels.shape_count; ++t) {
         const TileShape& tile = kernels.shapes[t];
         const bool fits =
@@ -221,8 +243,8 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
             const int64_t near = std::max<int64_t>(1, kernels.cache_bytes / g.block_bytes);
             for (int64_t in_group = std::min(in_blocks, most);; in_group = std::max(near, in_group / 2)) {
                 g.groups = ceil_divide(in_blocks, in_group);
-                const double cost = cost_of(shape, tile, g, kernels, blocks);
-                if (cost < least) {
+                const Cost cost = cost_of(shape, tile, g, kernels, blocks);
+                if (cost.total < least.total) {
                     least = cost;
                     best = g;
                     tile_ = t;
@@ -235,6 +257,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     flat_ = best.flat;
     in_place_ = best.in_place;
     tiles_ = best.tiles;
+    parts_ = parts_of(best, least, out_channels);
     down_ = best.down;
     across_ = best.across;
     position_rows_ = best.position_rows;
@@ -249,7 +272,8 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     const int64_t vectors = static_cast<int64_t>(tile.rows) * tile.columns;
     const int64_t pixels = vectors * kernels.lanes;
     const int64_t channel_bytes = ceil_divide(vectors, 4) * 4 * kernels.lanes;
-    chunk_ = std::max<int64_t>(1, kChunkBytes / channel_bytes / kBandWindow) * kBandWindow;
+    const int64_t part_windows = ceil_divide(out_channels, parts_ * kBandWindow);
+    chunk_ = std::min(std::max<int64_t>(1, kChunkBytes / channel_bytes / kBandWindow), part_windows) * kBandWindow;
     order_blocks(weights, bands);
     place_tiles();
 

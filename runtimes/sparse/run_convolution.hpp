@@ -1,4 +1,4 @@
-// The tiles of a convolution, one after the other (included once for each set).
+// The units of a convolution, one after the other (included once for each set).
 
 struct Scratch {
     uint8_t* tile;      // packed activations of a group of input blocks
@@ -256,12 +256,14 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
     work.multiplier = plan.multiplier_.data();
     work.bounds = &bounds;
     work.codes = scratch.bytes;
-    for (int64_t tile = first; tile < last; ++tile) {
-        const TilePlace& at = plan.places_[static_cast<size_t>(tile)];
+    const int64_t chunks = plan.chunks();
+    for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t part = unit % plan.parts_;
+        const int64_t first_chunk = part * chunks / plan.parts_, last_chunk = (part + 1) * chunks / plan.parts_;
+        const TilePlace& at = plan.places_[static_cast<size_t>(unit / plan.parts_)];
         Place place = {at, plan.pixel_runs_.data() + at.first_pixel_run,
                        plan.border_runs_.data() + at.first_border_run, {}};
         if (!plan.flat_) find_subtiles(plan, tensors, at, place.subtiles);
-        const BandRows* rows = plan.band_rows_.data();
         for (int64_t g = 0; g < groups; ++g) {
             const bool last_group = g + 1 == groups;
             if (plan.in_place_) {
@@ -273,7 +275,9 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
                 work.halves = halves;
             }
             work.bias = g == 0 ? plan.bias_.data() : nullptr;
-            for (int64_t channel = 0; channel < plan.shape_.out_channels; channel += plan.chunk_) {
+            const BandRows* rows = plan.band_rows_.data() + (g * chunks + first_chunk) * kBandSizes;
+            for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+                const int64_t channel = chunk * plan.chunk_;
                 work.first_channel = channel;
                 for (int size = 0; size < kBandSizes; ++size, ++rows) {
                     if (rows->count == 0) continue;

@@ -92,9 +92,9 @@ class SparseConvolution {
         const uint8_t* residual = checked_residual(run, options_.output(x, blocks_.outputs));
         const std::shared_ptr<const ConvolutionPlan> plan = plan_for(x);
         const BlockedTensors tensors{run.input(0).read<uint8_t>(), residual, output.write<uint8_t>()};
-        run.parallel(plan->tiles(), [&](int64_t tile) {
+        run.parallel(plan->units(), [&](int64_t unit) {
             const ScratchPool::Piece scratch = scratch_.borrow(plan->scratch_bytes());
-            plan->run(tensors, tile, tile + 1, scratch.as<void>());
+            plan->run(tensors, unit, unit + 1, scratch.as<void>());
         });
     }
 

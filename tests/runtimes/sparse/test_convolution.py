@@ -241,6 +241,25 @@ def test_neighbours_of_one_tensor_may_lie_apart_in_another(size, borders, instru
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("instructions", instruction_sets() or ["portable"])
+@pytest.mark.parametrize(
+    ("kernel", "size", "channels", "outputs"),
+    [(1, 7, 600, 520), (1, 16, 512, 330), (3, 7, 256, 260), (3, 14, 160, 200)],
+)
+def test_few_tiles_are_shared_out_by_output_channels(
+    kernel, size, channels, outputs, instructions, threads
+):
+    how = Quantized(0.03, 3, 0.05, 7, one_weight_scale=False, with_bias=True)
+    where = Windows((kernel, kernel), (1, 1), (kernel // 2,) * 4)
+    image = Image(1, channels, size, size, 0)
+    borders = (kernel // 2, 1, 0)
+    check_convolution(where, image, outputs, borders[:2], 0.4, how, instructions, threads)
+    check_residual(
+        where, image, outputs, borders, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
+    )
+
+
 @QUICK
 @given(
     st.sampled_from([(4, 4), (4, 12), (8, 8), (28, 28), (16, 64), (32, 32), (7, 7), (14, 14)]),
