@@ -297,7 +297,7 @@ private:
     void add_row(const BlockWeights& weights, const Band& band, const std::vector<int32_t>& blocks, int64_t group);
 };
 
-constexpr float kNearHalf = 0.5f - 1.0f / 4096;  // of what a reciprocal may round to the wrong side
+constexpr double kLargestSum = 2048;  // of codes that fused multiply-adds come close enough to
 constexpr int kOffsetBytes = 4;
 constexpr int kAlignment = 64;
 

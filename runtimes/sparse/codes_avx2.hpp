@@ -108,11 +108,17 @@ struct Arithmetic {
     }
     static OBC_INLINE Integers rounded(Floats value) { return _mm256_cvtps_epi32(value); }
 
-    // Whether any value is within 2^-12 of where rounding changes from the integer it was rounded to.
-    static OBC_INLINE bool any_near_half(Floats value, Integers rounded) {
-        const __m256 difference = _mm256_sub_ps(value, _mm256_cvtepi32_ps(rounded));
-        const __m256 away = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), difference);
-        return _mm256_movemask_ps(_mm256_cmp_ps(away, _mm256_set1_ps(kNearHalf), _CMP_GT_OQ)) != 0;
+    static OBC_INLINE Floats product_sum(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+    // How far values are from the integers they were rounded to, and the larger of two magnitudes.
+    static OBC_INLINE Floats away(Floats value, Integers rounded) {
+        return _mm256_sub_ps(value, _mm256_cvtepi32_ps(rounded));
+    }
+    static OBC_INLINE Floats farther(Floats a, Floats b) {
+        const __m256 sign = _mm256_set1_ps(-0.0f);
+        return _mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b));
+    }
+    static OBC_INLINE bool any_above(Floats magnitudes, float limit) {
+        return _mm256_movemask_ps(_mm256_cmp_ps(magnitudes, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
     }
 
     // A CodeRange, in memory as vectors: to broadcast a byte takes longer than to load a vector.

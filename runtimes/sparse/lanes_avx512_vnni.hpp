@@ -105,10 +105,12 @@ struct Arithmetic {
     }
     static OBC_INLINE Integers rounded(Floats value) { return _mm512_cvtps_epi32(value); }
 
-    // Whether any value is within 2^-12 of where rounding changes from the integer it was rounded to.
-    static OBC_INLINE bool any_near_half(Floats value, Integers rounded) {
-        const __m512 away = _mm512_abs_ps(_mm512_sub_ps(value, _mm512_cvtepi32_ps(rounded)));
-        return _mm512_cmp_ps_mask(away, _mm512_set1_ps(kNearHalf), _CMP_GT_OQ) != 0;
+    static OBC_INLINE Floats product_sum(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    // How far values are from the integers they were rounded to, and the larger of two magnitudes.
+    static OBC_INLINE Floats away(Floats value, Integers) { return _mm512_reduce_ps(value, 0); }
+    static OBC_INLINE Floats farther(Floats a, Floats b) { return _mm512_range_ps(a, b, 11); }
+    static OBC_INLINE bool any_above(Floats magnitudes, float limit) {
+        return _mm512_cmp_ps_mask(magnitudes, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
     }
 
     // A CodeRange, in memory as vectors: to broadcast a byte takes longer than to load a vector.
@@ -145,8 +147,10 @@ struct Arithmetic {
     }
     // One channel of a vector of pixels, and back from all four.
     static OBC_INLINE Floats channel(Packed pixels, int channel) {
-        const __m512i moved = _mm512_srli_epi32(pixels, static_cast<unsigned>(8 * channel));
-        return floats(_mm512_and_si512(moved, _mm512_set1_epi32(255)));
+        // A byte of each pixel, and zeros: 128 and more give one.
+        const int32_t order = static_cast<int32_t>(0x80808000u) + channel;
+        const __m512i bytes = _mm512_set4_epi32(order + 12, order + 8, order + 4, order);
+        return floats(_mm512_shuffle_epi8(pixels, bytes));
     }
     static OBC_INLINE Packed pixels(const Integers* channels, const Bounds& bounds) {
         const Packed by_channel = narrowed<false>(channels[0], channels[1], channels[2], channels[3], bounds);

@@ -97,14 +97,22 @@ struct Arithmetic {
         return result;
     }
 
-    // Whether any value is within 2^-12 of where rounding changes from the integer it was rounded to.
-    static bool any_near_half(const Floats& value, const Integers& rounded) {
-        bool near = false;
+    static Floats product_sum(const Floats& a, const Floats& b, const Floats& c) { return sum(product(a, b), c); }
+    // How far values are from the integers they were rounded to, and the larger of two magnitudes.
+    static Floats away(const Floats& value, const Integers& rounded) { return difference(value, floats(rounded)); }
+    static Floats farther(const Floats& a, const Floats& b) {
+        Floats result;
         for (int i = 0; i < Codes::kLanes; ++i) {
-            const float away = value.lane[i] - static_cast<float>(rounded.lane[i]);
-            near = near || away > kNearHalf || away < -kNearHalf;
+            const float one = a.lane[i] < 0 ? -a.lane[i] : a.lane[i];
+            const float other = b.lane[i] < 0 ? -b.lane[i] : b.lane[i];
+            result.lane[i] = one < other ? other : one;
         }
-        return near;
+        return result;
+    }
+    static bool any_above(const Floats& magnitudes, float limit) {
+        bool above = false;
+        for (int i = 0; i < Codes::kLanes; ++i) above = above || magnitudes.lane[i] > limit;
+        return above;
     }
 
     typedef CodeRange Bounds;

@@ -41,57 +41,77 @@ static OBC_INLINE void requantize(const Lanes::Sums* sums, float channel_multipl
     }
 }
 
-// The sum of two dequantized codes, quantized. A division takes as long as all the rest: so the sum is
-// multiplied by the reciprocal, which is off by less than 2^-12 where codes do not saturate anyway, and
-// divided only where that could round to the other side.
+// The sum of two dequantized codes, quantized: ((own - own zero) * own scale + (other - other zero) * other
+// scale) / scale, each step rounded. Two fused multiply-adds of the codes come so close to it that the
+// integer nearby is another one only next to where rounding changes: there alone it is computed so.
 struct QuantizedAdd {
     Arithmetic::Floats own_zero;
     Arithmetic::Floats own_scale;
     Arithmetic::Floats other_zero;
     Arithmetic::Floats other_scale;
     Arithmetic::Floats scale;
-    Arithmetic::Floats reciprocal;
     Arithmetic::Floats most;
+    Arithmetic::Floats own_slope;
+    Arithmetic::Floats other_slope;
+    Arithmetic::Floats start;
+    bool close;       // whether they come so close with these scales
+    float near_half;  // the distance from the integer nearby from which on it may be another one
+
+    QuantizedAdd(const ResidualAdd& residual, int32_t convolution_zero_point)
+        : own_zero(Arithmetic::all(static_cast<float>(convolution_zero_point))),
+          own_scale(Arithmetic::all(residual.convolution_scale)),
+          other_zero(Arithmetic::all(static_cast<float>(residual.residual_zero_point))),
+          other_scale(Arithmetic::all(residual.residual_scale)),
+          scale(Arithmetic::all(residual.scale)),
+          most(Arithmetic::all(kBeyondCodes)) {
+        const double own = static_cast<double>(residual.convolution_scale) / residual.scale;
+        const double other = static_cast<double>(residual.residual_scale) / residual.scale;
+        const double zeros = own * convolution_zero_point + other * residual.residual_zero_point;
+        own_slope = Arithmetic::all(static_cast<float>(own));
+        other_slope = Arithmetic::all(static_cast<float>(other));
+        start = Arithmetic::all(static_cast<float>(-zeros));
+        // No term and no sum is larger: each of the roundings, some nine in all, adds half a unit in the
+        // last place of that at most.
+        const double largest = 255.0 * (own + other) + zeros;
+        close = largest < kLargestSum;
+        near_half = static_cast<float>(0.5 - 12.0 * largest / (1 << 24));
+    }
 
     // One channel of a vector of pixels.
-    OBC_INLINE Arithmetic::Floats real(Arithmetic::Packed own, Arithmetic::Packed other, int channel) const {
+    OBC_INLINE Arithmetic::Integers step_by_step(Arithmetic::Packed own, Arithmetic::Packed other, int channel) const {
         const Arithmetic::Floats a = Arithmetic::product(
             Arithmetic::difference(Arithmetic::channel(own, channel), own_zero), own_scale);
         const Arithmetic::Floats b = Arithmetic::product(
             Arithmetic::difference(Arithmetic::channel(other, channel), other_zero), other_scale);
-        return Arithmetic::sum(a, b);
+        const Arithmetic::Floats quotient = Arithmetic::quotient(Arithmetic::sum(a, b), scale);
+        return Arithmetic::rounded(Arithmetic::at_most(quotient, most));
+    }
+    OBC_INLINE Arithmetic::Floats about(Arithmetic::Packed own, Arithmetic::Packed other, int channel) const {
+        const Arithmetic::Floats first =
+            Arithmetic::product_sum(Arithmetic::channel(other, channel), other_slope, start);
+        return Arithmetic::product_sum(Arithmetic::channel(own, channel), own_slope, first);
     }
 };
 
 // Adds the residual's codes to the convolution's, `vectors` vectors of pixels.
 static void add_residual(const ResidualAdd& residual, int32_t convolution_zero_point, int vectors,
                          const uint8_t* other, uint8_t* codes) {
-    QuantizedAdd add;
-    add.own_zero = Arithmetic::all(static_cast<float>(convolution_zero_point));
-    add.own_scale = Arithmetic::all(residual.convolution_scale);
-    add.other_zero = Arithmetic::all(static_cast<float>(residual.residual_zero_point));
-    add.other_scale = Arithmetic::all(residual.residual_scale);
-    add.scale = Arithmetic::all(residual.scale);
-    add.reciprocal = Arithmetic::all(1.0f / residual.scale);
-    add.most = Arithmetic::all(kBeyondCodes);
+    const QuantizedAdd add(residual, convolution_zero_point);
     const Arithmetic::Bounds bounds(CodeRange{residual.zero_point, residual.lower, residual.upper});
     constexpr int kBytes = Lanes::kPixels * kBlock;
     for (int v = 0; v < vectors; ++v, codes += kBytes, other += kBytes) {
         const Arithmetic::Packed own_pixels = Arithmetic::load(codes);
         const Arithmetic::Packed other_pixels = Arithmetic::load(other);
-        Arithmetic::Floats real[kBlock];
         Arithmetic::Integers value[kBlock];
-        bool doubtful = false;
+        Arithmetic::Floats away = Arithmetic::all(0.0f);
 #pragma GCC unroll 4
         for (int c = 0; c < kBlock; ++c) {
-            real[c] = add.real(own_pixels, other_pixels, c);
-            const Arithmetic::Floats about =
-                Arithmetic::at_most(Arithmetic::product(real[c], add.reciprocal), add.most);
+            const Arithmetic::Floats about = add.about(own_pixels, other_pixels, c);
             value[c] = Arithmetic::rounded(about);
-            doubtful |= Arithmetic::any_near_half(about, value[c]);
+            away = Arithmetic::farther(away, Arithmetic::away(about, value[c]));
         }
-        for (int c = 0; doubtful && c < kBlock; ++c) {
-            value[c] = Arithmetic::rounded(Arithmetic::at_most(Arithmetic::quotient(real[c], add.scale), add.most));
+        if (!add.close || Arithmetic::any_above(away, add.near_half)) {
+            for (int c = 0; c < kBlock; ++c) value[c] = add.step_by_step(own_pixels, other_pixels, c);
         }
         Arithmetic::store(codes, Arithmetic::pixels(value, bounds));
     }

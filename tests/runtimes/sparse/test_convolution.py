@@ -229,6 +229,22 @@ def test_planes_smaller_than_a_vector_equal_the_separate_operators(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("instructions", instruction_sets() or ["portable"])
+@pytest.mark.parametrize(
+    ("residual_scale", "scale"),
+    [(0.05, 0.05), (0.1, 0.03), (0.25, 0.05), (0.35, 0.05), (0.45, 0.05), (3.0, 0.02), (0.02, 3.0)],
+)
+def test_sums_near_where_rounding_changes_equal_the_separate_operators(
+    residual_scale, scale, instructions
+):
+    # Ratios that are small fractions put many sums halfway between two codes.
+    how = Quantized(0.03, 3, 0.05, 128, one_weight_scale=True, with_bias=True)
+    check_residual(
+        Windows((1, 1), (1, 1), (0, 0, 0, 0)), Image(2, 16, 24, 24, 0), 32, (0, 0, 0), how,
+        residual_scale, 100, scale, 120, (0, 255), instructions, 1,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("borders", [(1, 0, 1), (1, 1, 0), (1, 0, 0), (2, 1, 1)])
 @pytest.mark.parametrize("size", [(8, 2), (4, 4), (2, 8), (2, 2), (16, 1)])
 @pytest.mark.parametrize("instructions", instruction_sets() or ["portable"])
