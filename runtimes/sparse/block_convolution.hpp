@@ -277,8 +277,8 @@ public:
     int64_t chunks() const { return (shape_.out_channels + chunk_ - 1) / chunk_; }
     std::vector<BandRow> rows_;
     std::vector<BandRows> band_rows_;   // kBandSizes for each chunk of each group
-    // Of each block its offset from the group's start of the tile in bytes, an int32, then the weights of each of the
-    // band's channels, as wide as the kernel wants them.
+    // Of each block its offset from where its group starts in the tile, an int32 in bytes, then the
+    // weights of each of the band's channels, as wide as the kernel wants them.
     std::vector<uint8_t> blocks_;
     std::vector<int32_t> bias_;         // plus kRectifiedBits where sums are kRectified
     std::vector<float> multiplier_;

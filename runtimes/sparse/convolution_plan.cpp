@@ -94,14 +94,13 @@ Geometry geometry_of(const ConvolutionShape& shape, const BlockedShape& output, 
     Geometry g = {};
     g.flat = is_flat(shape);
     g.in_place = in_place;
-    if (in_place) {
+    if (g.flat) {
+        // In place a tile ends with its image, else it goes on in the next one.
+        const int64_t lists = in_place ? output.images : 1;
+        const int64_t pixels = output.images / lists * output.height * output.width;
         g.position_rows = 1;
         g.position_columns = tile.columns;
-        g.tiles = output.images * ceil_divide(output.height * output.width, tile.columns * kernels.lanes);
-    } else if (g.flat) {
-        g.position_rows = 1;
-        g.position_columns = tile.columns;
-        g.tiles = ceil_divide(output.images * output.height * output.width, tile.pixels(kernels.lanes));
+        g.tiles = lists * ceil_divide(pixels, tile.pixels(kernels.lanes));
     } else {
         g.position_rows = (tile.rows - 1) * shape.stride + shape.kernel_height;
         g.position_columns = (tile.columns - 1) * shape.stride + shape.kernel_width;
@@ -122,7 +121,7 @@ struct Cost {  // in cycles
 // An estimate, from the parts measured alone: a group of input blocks that stays in the first cache is
 // read faster, but each further group stores and loads all sums once more.
 Cost cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometry& g,
-               const ConvolutionKernels& kernels, const int64_t* blocks) {
+             const ConvolutionKernels& kernels, const int64_t* blocks) {
     const double vectors = tile.rows * tile.columns - (tile.halved ? kHalfSaved : 0.0);
     const double groups = static_cast<double>(g.groups);
     const double in_blocks = static_cast<double>(shape.input.blocks());
