@@ -19,7 +19,7 @@ namespace obc {
 namespace sparse {
 
 constexpr int kBlock = 4;  // input channels of a block, and bytes of a blocked tensor's pixel
-constexpr int64_t kMostPositions = 8192;  // of a kernel: what 16-bit offsets reach
+constexpr int64_t kMostPositions = 8192;  // of a kernel: more than any network has
 
 // A blocked tensor: uint8 [images, blocks, height + 2 border, width + 2 border, 4], contiguous. The
 // border and the spare lanes of the last block hold the zero point.

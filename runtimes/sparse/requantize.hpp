@@ -54,6 +54,7 @@ struct QuantizedAdd {
     Arithmetic::Floats own_slope;
     Arithmetic::Floats other_slope;
     Arithmetic::Floats start;
+    Arithmetic::Bounds bounds;
     bool close;       // whether they come so close with these scales
     float near_half;  // the distance from the integer nearby from which on it may be another one
 
@@ -63,7 +64,8 @@ struct QuantizedAdd {
           other_zero(Arithmetic::all(static_cast<float>(residual.residual_zero_point))),
           other_scale(Arithmetic::all(residual.residual_scale)),
           scale(Arithmetic::all(residual.scale)),
-          most(Arithmetic::all(kBeyondCodes)) {
+          most(Arithmetic::all(kBeyondCodes)),
+          bounds(CodeRange{residual.zero_point, residual.lower, residual.upper}) {
         const double own = static_cast<double>(residual.convolution_scale) / residual.scale;
         const double other = static_cast<double>(residual.residual_scale) / residual.scale;
         const double zeros = own * convolution_zero_point + other * residual.residual_zero_point;
@@ -94,10 +96,8 @@ struct QuantizedAdd {
 };
 
 // Adds the residual's codes to the convolution's, `vectors` vectors of pixels.
-static void add_residual(const ResidualAdd& residual, int32_t convolution_zero_point, int vectors,
-                         const uint8_t* other, uint8_t* codes) {
-    const QuantizedAdd add(residual, convolution_zero_point);
-    const Arithmetic::Bounds bounds(CodeRange{residual.zero_point, residual.lower, residual.upper});
+static void add_residual(const QuantizedAdd& how, int vectors, const uint8_t* other, uint8_t* codes) {
+    const QuantizedAdd add = how;  // in registers: what is behind a reference any store of codes could change
     constexpr int kBytes = Lanes::kPixels * kBlock;
     for (int v = 0; v < vectors; ++v, codes += kBytes, other += kBytes) {
         const Arithmetic::Packed own_pixels = Arithmetic::load(codes);
@@ -113,6 +113,6 @@ static void add_residual(const ResidualAdd& residual, int32_t convolution_zero_p
         if (!add.close || Arithmetic::any_above(away, add.near_half)) {
             for (int c = 0; c < kBlock; ++c) value[c] = add.step_by_step(own_pixels, other_pixels, c);
         }
-        Arithmetic::store(codes, Arithmetic::pixels(value, bounds));
+        Arithmetic::store(codes, Arithmetic::pixels(value, add.bounds));
     }
 }

@@ -193,7 +193,8 @@ static bool is_straight(const ConvolutionPlan& plan, const Place& place) {
 
 // The codes of a chunk of output channels, from channel by channel to the output.
 static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
-                        const Scratch& scratch, const TileShape& shape, int64_t first, int64_t last) {
+                        const Scratch& scratch, const TileShape& shape, const QuantizedAdd& add, int64_t first,
+                        int64_t last) {
     const int vectors = shape.rows * shape.columns;
     const int64_t channel_bytes = (vectors + 3) / 4 * 4 * Lanes::kPixels;
     const bool straight = is_straight(plan, place);
@@ -225,7 +226,7 @@ static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tenso
                 read_residual(plan, tensors, place, scratch, shape, block);
             }
             const int whole = static_cast<int>(count / Lanes::kPixels);
-            add_residual(plan.residual_, plan.range_.zero_point, whole, other, pixels);
+            add_residual(add, whole, other, pixels);
             if (channel + kBlock > last) clear_spare_channels(pixels, count, last - channel, plan.zero_point_);
         }
         if (!straight) write_codes(plan, tensors, place, scratch, shape, block);
@@ -249,6 +250,7 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
     const int ending = static_cast<int>(ending_of(plan));
     const int64_t groups = plan.groups();
     const Arithmetic::Bounds bounds(plan.range_);
+    const QuantizedAdd add(plan.residual_, plan.range_.zero_point);
     RowsOfBlocks work = {};
     work.tile = scratch.tile;
     work.pitch = plan.position_columns_ * Lanes::kPixels * Lanes::kPixelBytes;
@@ -289,7 +291,7 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
                 if (!last_group) continue;
                 const int64_t rest = plan.shape_.out_channels - channel;
                 const int64_t count = rest < plan.chunk_ ? rest : plan.chunk_;
-                write_chunk(plan, tensors, place, scratch, shape, channel, channel + count);
+                write_chunk(plan, tensors, place, scratch, shape, add, channel, channel + count);
             }
         }
     }
