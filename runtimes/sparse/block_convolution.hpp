@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace obc {
@@ -185,6 +186,13 @@ struct BorderRun {  // pixels of the output's border that fall to one tile
     int64_t pixels;
 };
 
+// Cache lines of one block that hold a tile's pixels, of a tensor that the caches near the core cannot
+// be expected to hold: else none.
+struct LinesAhead {
+    int64_t first;  // of lines_
+    int64_t count;
+};
+
 // Where a tile's pixels are (tile_places.cpp).
 struct TilePlace {
     int64_t first_pixel;  // in place: of the tile, in bytes from the tensor's start
@@ -205,6 +213,9 @@ struct TilePlace {
     int64_t pixel_runs;
     int64_t first_border_run;
     int64_t border_runs;
+    LinesAhead input_lines;
+    LinesAhead output_lines;
+    LinesAhead residual_lines;
 };
 
 // The blocks of one band in one group of input blocks.
@@ -268,6 +279,7 @@ public:
     std::vector<TilePlace> places_;  // of each tile
     std::vector<PixelRun> pixel_runs_;
     std::vector<BorderRun> border_runs_;
+    std::vector<int64_t> lines_;  // bytes from the tensor's start, in its first block
     // Input blocks group by group: group g is group_start_[g] to group_start_[g + 1] - 1.
     std::vector<int32_t> group_start_;
     int64_t groups() const { return static_cast<int64_t>(group_start_.size()) - 1; }
@@ -292,6 +304,8 @@ private:
     void place_tiles();
     void place_flat(int64_t tile, TilePlace& place);
     void place_subtiles(int64_t tile, TilePlace& place);
+    void find_lines(TilePlace& place);
+    LinesAhead add_lines(const BlockedShape& tensor, std::vector<std::pair<int64_t, int64_t>> runs);
     void own_border(int64_t image, int64_t y, int64_t first_x, int64_t last_x);
     void order_blocks(const BlockWeights& weights, const std::vector<Band>& bands);
     void add_row(const BlockWeights& weights, const Band& band, const std::vector<int32_t>& blocks, int64_t group);

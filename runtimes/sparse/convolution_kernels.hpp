@@ -4,6 +4,7 @@
 #include "packed_tile.hpp"
 #include "requantize.hpp"
 #include "accumulate.hpp"
+#include "fetch_ahead.hpp"
 
 typedef void (*Accumulate)(const RowsOfBlocks&);
 

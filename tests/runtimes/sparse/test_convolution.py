@@ -276,6 +276,26 @@ def test_few_tiles_are_shared_out_by_output_channels(
     )
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("instructions", instruction_sets() or ["portable"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size", "outputs"),
+    [(1, 1, 376, 16), (1, 2, 376, 68), (3, 1, 366, 16), (3, 2, 370, 68)],
+)
+def test_tensors_far_beyond_the_caches_equal_the_separate_operators(
+    kernel, stride, size, outputs, instructions, threads
+):
+    """Their lines are asked for ahead of time; all of them are larger than 2 MiB."""
+    how = Quantized(0.03, 3, 0.05, 7, one_weight_scale=False, with_bias=True)
+    where = Windows((kernel, kernel), (stride, stride), (kernel // 2,) * 4)
+    image = Image(1, 16, size, size, 0)
+    borders = (kernel // 2, 1, 0)
+    check_convolution(where, image, outputs, borders[:2], 0.2, how, instructions, threads)
+    check_residual(
+        where, image, outputs, borders, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
+    )
+
+
 @QUICK
 @given(
     st.sampled_from([(4, 4), (4, 12), (8, 8), (28, 28), (16, 64), (32, 32), (7, 7), (14, 14)]),
