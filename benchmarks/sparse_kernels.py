@@ -2,27 +2,26 @@
 
     python -m obc_deploy.benchmarks.sparse_kernels
 
-All distinct convolutions of ResNet-50 and VGG-16 and MobileNet-v2's 1x1 ones, at 224 pixels, with 0
-to 95 % of their blocks zero at random. For each shape there is one session of ONNX Runtime's
-QLinearConv and one of our SparseConvolution a sparsity; they take turns in one process, and ONNX
-Runtime's trace says how long the operator itself took, in whole microseconds and with 2 to 3 of its
-own in every operator: the smallest layers differ more than shown. Outputs are compared first, bit
-for bit. In the same turns a loop of products in registers alone measures the limit:
+All distinct convolutions of ResNet-50 and VGG-16 and MobileNet-v2's 1x1 ones, at 224 pixels, with a
+ReLU where the network has one, with 0 to 95 % of their blocks zero at random. For each shape there
+are sessions of ONNX Runtime's QLinearConv, on the layout that it chooses itself within a network,
+and of our SparseConvolution a sparsity; they take turns in one process (`operator_copies` says how
+one operator's time is found). Outputs are compared first, bit for bit. In the same turns a loop of
+products in registers alone measures the limit:
 
     share of the limit = non-zero blocks x output pixels / (time x products in registers a second)
 
 With `--together 4` every four output channels have the same blocks, as a solver might make them;
 our kernels then load the pixels once for all four.
 
-DeepSparse runs the same weights in its own process between the turns, and its own profile says how
-long the convolution took. Ratios are medians over turns. Writes `results/sparse-kernels` as JSON
-and Markdown, `-together-4` behind the name.
+DeepSparse runs the same weights in its own process, in turn with ours once all others are done, and
+its own profile says how long the convolution took. Ratios are medians over turns. Writes
+`results/sparse-kernels` as JSON and Markdown, `-together-4` behind the name.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -37,10 +37,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from obc_deploy.benchmarks.operator_copies import Copies, copies_for
 from obc_deploy.benchmarks.record import RESULTS, take_record
 from obc_deploy.benchmarks.sparse_layer_costs import (
     GRID,
-    OUTPUT,
+    MICROSOFT,
+    SCALE,
     ZERO,
     Network,
     block_sparse_codes,
@@ -73,6 +75,7 @@ class Shape:
         kernel: height and width of the kernel.
         stride: both ways.
         outputs: channels of the output.
+        rectified: a ReLU or ReLU6 follows.
     """
 
     network: str
@@ -81,11 +84,13 @@ class Shape:
     kernel: int
     stride: int
     outputs: int
+    rectified: bool = False
 
     def __str__(self) -> str:
         stride = f"/{self.stride}" if self.stride > 1 else ""
         window = f"{self.kernel}x{self.kernel}{stride}"
-        return f"{self.channels}x{self.size}x{self.size} {window} {self.outputs}"
+        after = " ReLU" if self.rectified else ""
+        return f"{self.channels}x{self.size}x{self.size} {window} {self.outputs}{after}"
 
     @property
     def pad(self) -> int:
@@ -97,6 +102,16 @@ class Shape:
         """Of the output."""
         return ((self.size + 2 * self.pad - self.kernel) // self.stride + 1) ** 2
 
+    @property
+    def work(self) -> int:
+        """Multiply-accumulates of one image."""
+        return self.pixels * self.kernel**2 * self.channels * self.outputs
+
+    @property
+    def zero_point(self) -> int:
+        """Of the output: what a ReLU leaves has no negative values."""
+        return 0 if self.rectified else ZERO
+
 
 def shapes_of(network: str, size: int = 224) -> list[Shape]:
     """A torchvision network's distinct convolutions without groups, and not on the image itself.
@@ -107,23 +122,33 @@ def shapes_of(network: str, size: int = 224) -> list[Shape]:
     """
     import torch
     import torchvision
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    traced = torch.fx.symbolic_trace(torchvision.models.get_model(network, weights=None).eval())
+    with torch.no_grad():
+        ShapeProp(traced).propagate(torch.zeros(1, 3, size, size))
+
+    def module_of(node: torch.fx.Node) -> torch.nn.Module | None:
+        return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def is_rectified(node: torch.fx.Node) -> bool:
+        after = next(iter(node.users))
+        module = module_of(after)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            return is_rectified(after)
+        return isinstance(module, torch.nn.ReLU | torch.nn.ReLU6)
 
     found: dict[Shape, None] = {}
-
-    def see(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        assert isinstance(module, torch.nn.Conv2d)
-        x, kernel = inputs[0], module.kernel_size[0]
-        if module.groups > 1 or x.shape[1] == 3 or (network == "mobilenet_v2" and kernel > 1):
-            return
-        stride = int(module.stride[0])
-        found[Shape(network, x.shape[1], x.shape[2], kernel, stride, module.out_channels)] = None
-
-    model = torchvision.models.get_model(network, weights=None).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(see)
-    with torch.no_grad():
-        model(torch.zeros(1, 3, size, size))
+    for node in traced.graph.nodes:
+        module = module_of(node)
+        if not isinstance(module, torch.nn.Conv2d):
+            continue
+        x, kernel, stride = module.in_channels, module.kernel_size[0], int(module.stride[0])
+        if module.groups > 1 or x == 3 or (network == "mobilenet_v2" and kernel > 1):
+            continue
+        height = node.args[0].meta["tensor_meta"].shape[2]
+        shape = Shape(network, x, height, kernel, stride, module.out_channels, is_rectified(node))
+        found[shape] = None
     return list(found)
 
 
@@ -157,41 +182,59 @@ class Layer:
         deviation = float(self.codes.std()) * 60.0 * math.sqrt(self.codes[0].size)
         return 40.0 / max(deviation, 1.0)
 
-    def plain(self, batch: int) -> bytes:
-        """ONNX Runtime's operator on uint8 codes."""
-        network = Network()
-        grid = network.grid()
-        weight = [network.constant(self.codes, np.int8), network.constant(self.scale, np.float32)]
-        weight += [network.constant(0, np.int8), *grid, network.constant(self.bias, np.int32)]
-        y = network.add("QLinearConv", ["x", *grid, *weight], **self.windows)
-        return network.model(y, self._input(batch), np.uint8)
+    def plain(self, batch: int, copies: int) -> bytes:
+        """ONNX Runtime's operator on uint8 codes, channels last, which it turns them to itself."""
+        shape, network = self.shape, Network()
+        outputs = [
+            network.add(
+                "QLinearConv", ["x", *self._convolved(network, bias)], MICROSOFT, channels_last=1,
+                **self.windows,
+            )
+            for bias in self._biases(copies)
+        ]  # fmt: skip
+        return network.model(outputs, (batch, shape.size, shape.size, shape.channels), np.uint8)
 
-    def blocked(self, batch: int) -> bytes:
-        """Ours."""
+    def blocked(self, batch: int, copies: int) -> bytes:
+        """Ours, on blocked codes; they are blocked once for all copies."""
         shape, network, stored = self.shape, Network(), stored_blocks(self.codes)
         x = network.own("ToBlocks", ["x"], border=shape.pad, zero_point=ZERO)
-        parts = [network.constant(stored.values, np.int8)]
-        parts.append(network.constant(stored.block_index, np.int32))
-        parts.append(network.constant(stored.row_start, np.int32))
-        parts.append(network.constant([self.scale], np.float32))
-        parts.append(network.constant(self.bias, np.int32))
-        y = network.own(
-            "SparseConvolution", [x, *parts], channels=shape.channels, input_border=shape.pad,
-            **self.windows, **GRID, **OUTPUT,
-        )  # fmt: skip
-        out = network.own("FromBlocks", [y], channels=shape.outputs)
-        return network.model(out, self._input(batch), np.uint8)
+        outputs = []
+        for bias in self._biases(copies):
+            parts = [network.constant(stored.values, np.int8)]
+            parts.append(network.constant(stored.block_index, np.int32))
+            parts.append(network.constant(stored.row_start, np.int32))
+            parts.append(network.constant([self.scale], np.float32))
+            parts.append(network.constant(bias, np.int32))
+            outputs.append(
+                network.own(
+                    "SparseConvolution", [x, *parts], channels=shape.channels,
+                    input_border=shape.pad, output_scale=SCALE, output_zero_point=shape.zero_point,
+                    **self.windows, **GRID,
+                )
+            )  # fmt: skip
+        return network.model(outputs, self._input(batch), np.uint8)
 
     def between_floats(self, batch: int) -> bytes:
         """ONNX Runtime's operator between quantizers, as DeepSparse wants it."""
         network = Network()
         grid = network.grid()
         x = network.add("QuantizeLinear", ["x", *grid])
-        weight = [network.constant(self.codes, np.int8), network.constant(self.scale, np.float32)]
-        weight += [network.constant(0, np.int8), *grid, network.constant(self.bias, np.int32)]
-        y = network.add("QLinearConv", [x, *grid, *weight], **self.windows)
-        out = network.add("DequantizeLinear", [y, *grid])
+        y = network.add("QLinearConv", [x, *self._convolved(network, self.bias)], **self.windows)
+        zero_point = network.constant(self.shape.zero_point, np.uint8)
+        out = network.add("DequantizeLinear", [y, grid[0], zero_point])
         return network.model(out, self._input(batch), np.float32)
+
+    def _convolved(self, network: Network, bias: npt.NDArray[Any]) -> list[str]:
+        """A QLinearConv's inputs behind the first one."""
+        weight = [network.constant(self.codes, np.int8), network.constant(self.scale, np.float32)]
+        weight.append(network.constant(0, np.int8))
+        output = [network.constant(SCALE, np.float32)]
+        output.append(network.constant(self.shape.zero_point, np.uint8))
+        return [*network.grid(), *weight, *output, network.constant(bias, np.int32)]
+
+    def _biases(self, copies: int) -> list[npt.NDArray[Any]]:
+        """Of each copy; were they alike, ONNX Runtime would merge the copies."""
+        return [self.bias + copy for copy in range(copies)]
 
     @property
     def block_pixels(self) -> float:
@@ -242,43 +285,6 @@ class Row:
     over_deepsparse: float | None = None
 
 
-class TracedSession:
-    """A session whose operator times are read from ONNX Runtime's trace when it is closed."""
-
-    def __init__(self, content: bytes, operator: str, threads: int, folder: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        # A folder of its own: traces are named by the millisecond, and two can be made within one.
-        options.profile_file_prefix = str(Path(tempfile.mkdtemp(dir=folder)) / operator)
-        options.register_custom_ops_library(str(sparse.library_path()))
-        self._operator = operator
-        self._session = onnxruntime.InferenceSession(
-            content, options, providers=["CPUExecutionProvider"]
-        )
-
-    def run(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """One inference."""
-        found: npt.NDArray[Any] = self._session.run(None, {"x": x})[0]
-        return found
-
-    def microseconds(self) -> list[float]:
-        """The operator's time in each inference; ends the session."""
-        trace = Path(self._session.end_profiling())
-        taken = [
-            float(event["dur"])
-            for event in json.loads(trace.read_text(encoding="utf-8"))
-            if event.get("cat") == "Node"
-            and event["name"].endswith("_kernel_time")
-            and event["args"]["op_name"] == self._operator
-        ]
-        trace.unlink()
-        return taken
-
-
 def products_a_microsecond() -> float:
     """Pairs of a block and a pixel that one thread multiplies in registers; 0 without VNNI."""
     begin = time.perf_counter()
@@ -297,7 +303,7 @@ def measure(
         batch: images.
         threads: of both runtimes.
         turns: in which sessions are run one after the other.
-        inferences: of each session in a turn; the first of them is not counted.
+        inferences: of each graph in a turn; the first of them is not counted.
         deepsparse: compare with it too.
         together: output channels in a row that have the same blocks.
 
@@ -308,40 +314,70 @@ def measure(
     layers = {zeros: layer_of(shape, zeros, together) for zeros in ZEROS}
     inputs = (batch, shape.channels, shape.size, shape.size)
     x = np.random.default_rng(1).integers(0, 256, inputs, dtype=np.uint8)
+    more = copies_for(shape.work * batch)
+    last = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    dense = Copies(partial(layers[CHECKED].plain, batch), more, threads, last)
+    ours = {
+        zeros: Copies(partial(layer.blocked, batch), more, threads, x)
+        for zeros, layer in layers.items()
+    }
+    if not np.array_equal(dense.output, _channels_last(ours[CHECKED].output, shape.outputs)):
+        raise MeasurementError(f"{shape}: our codes are not ONNX Runtime's; nothing was timed")
+    dense_turns: list[float] = []
+    our_turns: dict[float, list[float]] = {zeros: [] for zeros in ZEROS}
     rates: list[float] = []
-    profiles: dict[float, list[float]] = {}
+    for _ in range(turns):
+        rates.append(products_a_microsecond())
+        dense_turns.append(dense.microseconds(inferences))
+        for zeros, copies in ours.items():
+            our_turns[zeros].append(copies.microseconds(inferences))
+        rates.append(products_a_microsecond())
+    beside = {}
+    if deepsparse:
+        floats = (x.astype(np.float32) - ZERO) * np.float32(SCALE)
+        beside = _beside_deepsparse(layers, ours, floats, threads, turns, inferences)
+    return [
+        _row(shape, batch, threads, layers[zeros], zeros, dense_turns, taken, rates,
+             beside.get(zeros))
+        for zeros, taken in our_turns.items()
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Beside:
+    """DeepSparse's times of one sparsity, and ours of the same turns, us."""
+
+    deepsparse: list[float]
+    ours: list[float]
+
+
+def _beside_deepsparse(
+    layers: Mapping[float, Layer],
+    ours: Mapping[float, Copies],
+    floats: npt.NDArray[np.float32],
+    threads: int,
+    turns: int,
+    inferences: int,
+) -> dict[float, Beside]:
+    """In turns of their own: a second process takes the caches from whatever runs beside it."""
+    found = {zeros: Beside([], []) for zeros in DEEPSPARSE_ZEROS}
     with tempfile.TemporaryDirectory(prefix="obc-kernels-") as name, ExitStack() as stack:
-        folder = Path(name)
-        dense = TracedSession(layers[CHECKED].plain(batch), "QLinearConv", threads, folder)
-        ours = {
-            zeros: TracedSession(layer.blocked(batch), "SparseConvolution", threads, folder)
-            for zeros, layer in layers.items()
-        }
-        if not np.array_equal(dense.run(x), ours[CHECKED].run(x)):
-            raise MeasurementError(f"{shape}: our codes are not ONNX Runtime's; nothing was timed")
-        others = _deepsparse_sessions(layers, batch, threads, folder, stack) if deepsparse else {}
-        floats = {"x": ((x.astype(np.float32) - ZERO) * np.float32(0.05))} if others else {}
+        others = _deepsparse_sessions(layers, len(floats), threads, Path(name), stack)
         for _ in range(turns):
-            rates.append(products_a_microsecond())
-            for session in (dense, *ours.values()):
-                for _ in range(inferences):
-                    session.run(x)
-            rates.append(products_a_microsecond())
             for zeros, other in others.items():
-                steps = other.profile(floats, iterations=PROFILED)
+                steps = other.profile({"x": floats}, iterations=PROFILED)
                 convolving = [step.ms for step in steps if step.native and _convolves(step.kind)]
                 if convolving:
-                    profiles.setdefault(zeros, []).append(1e3 * max(convolving))
-        dense_turns = _turns(dense.microseconds()[1:], turns, inferences)
-        rows = []
-        for zeros, session in ours.items():
-            checked = int(zeros == CHECKED)
-            taken = _turns(session.microseconds()[checked:], turns, inferences)
-            rows.append(
-                _row(shape, batch, threads, layers[zeros], zeros, dense_turns, taken, rates,
-                     profiles.get(zeros))
-            )  # fmt: skip
-    return rows
+                    found[zeros].deepsparse.append(1e3 * max(convolving))
+                    found[zeros].ours.append(ours[zeros].microseconds(inferences))
+    return {zeros: beside for zeros, beside in found.items() if beside.ours}
+
+
+def _channels_last(blocked: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:
+    """Blocked codes without a border, (images, blocks, height, width, 4), as ONNX Runtime's are."""
+    images, _, height, width, _ = blocked.shape
+    codes = blocked.transpose(0, 2, 3, 1, 4).reshape(images, height, width, -1)
+    return codes[..., :channels]
 
 
 def _deepsparse_sessions(
@@ -364,11 +400,6 @@ def _convolves(kind: str) -> bool:
     return "convolution" in kind or "pyramid" in kind or "gemm" in kind
 
 
-def _turns(taken: list[float], turns: int, inferences: int) -> list[float]:
-    """Median of each turn's times, its first inference aside."""
-    return [median(taken[turn * inferences + 1 : (turn + 1) * inferences]) for turn in range(turns)]
-
-
 def _row(
     shape: Shape,
     batch: int,
@@ -378,7 +409,7 @@ def _row(
     dense: Sequence[float],
     ours: Sequence[float],
     rates: Sequence[float],
-    deepsparse: Sequence[float] | None,
+    beside: Beside | None,
 ) -> Row:
     # A turn's rate is the mean of those before and behind it.
     around = [(rates[2 * turn] + rates[2 * turn + 1]) / 2 for turn in range(len(ours))]
@@ -391,10 +422,10 @@ def _row(
         dense_us=median(dense), sparse_us=median(ours),
         speedup=median(d / s for d, s in zip(dense, ours, strict=True)),
         share_of_limit=median(shares) if shares else None,
-        deepsparse_us=None if deepsparse is None else median(deepsparse),
+        deepsparse_us=None if beside is None else median(beside.deepsparse),
         over_deepsparse=None
-        if deepsparse is None
-        else median(d / s for d, s in zip(deepsparse, ours, strict=True)),
+        if beside is None
+        else median(d / s for d, s in zip(beside.deepsparse, beside.ours, strict=True)),
     )  # fmt: skip
 
 
@@ -455,7 +486,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, action="append", help="default 1 and 8")
     parser.add_argument("--threads", type=int, action="append", help="default 1 and 2")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--inferences", type=int, default=6, help="of each session in a turn")
     parser.add_argument(
         "--deepsparse", action="store_true", help="compare with it, in batches of 1"

@@ -120,16 +120,19 @@ class Network:
         """Scale and zero point that all activations here share."""
         return [self.constant(SCALE, np.float32), self.constant(ZERO, np.uint8)]
 
-    def model(self, output: str, shape: tuple[int, ...], dtype: Any = np.float32) -> bytes:
-        """The file's content; input and output have the same type."""
+    def model(
+        self, outputs: str | list[str], shape: tuple[int, ...], dtype: Any = np.float32
+    ) -> bytes:
+        """The file's content; input and outputs have the same type."""
         from onnx import helper
 
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        names = [outputs] if isinstance(outputs, str) else outputs
         graph = helper.make_graph(
             self.nodes,
             "cost",
             [helper.make_tensor_value_info("x", kind, shape)],
-            [helper.make_tensor_value_info(output, kind, None)],
+            [helper.make_tensor_value_info(output, kind, None) for output in names],
             self.constants,
         )
         opsets = [("", 17), (MICROSOFT, 1), (sparse.DOMAIN, sparse.DOMAIN_VERSION)]

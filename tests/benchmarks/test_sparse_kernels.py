@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 
 from obc_deploy.benchmarks import sparse_kernels
+from obc_deploy.benchmarks.operator_copies import MOST_COPIES, Copies, copies_for
 from obc_deploy.benchmarks.sparse_kernels import (
     ZEROS,
     Row,
@@ -20,6 +22,7 @@ from obc_deploy.benchmarks.sparse_kernels import (
     shapes_of,
     summary,
 )
+from obc_deploy.benchmarks.sparse_layer_costs import ZERO
 from obc_deploy.errors import MeasurementError
 from obc_deploy.runtimes import sparse
 
@@ -35,8 +38,22 @@ def test_every_distinct_convolution_of_resnet50() -> None:
     assert len(found) == len(set(found)) == 22
     assert Counter(shape.kernel for shape in found) == {1: 15, 3: 7}
     assert {shape.size for shape in found} == {56, 28, 14, 7}
-    assert Shape("resnet50", 512, 7, 3, 1, 512) in found
+    assert Shape("resnet50", 512, 7, 3, 1, 512, rectified=True) in found
     assert all(shape.kernel == 1 for shape in shapes_of("mobilenet_v2", 64))
+
+
+def test_a_relu_where_the_network_has_one_right_behind_the_convolution() -> None:
+    """Not behind the last one of a bottleneck, to whose output the residual is added first."""
+    resnet = shapes_of("resnet50", 64)
+    assert all(shape.rectified for shape in resnet if shape.kernel == 3)
+    last = [shape for shape in resnet if shape.outputs == 4 * shape.channels]
+    assert len(last) == 4
+    assert not any(shape.rectified for shape in last)
+    mobile = shapes_of("mobilenet_v2", 64)
+    assert {shape.rectified for shape in mobile if shape.outputs == 6 * shape.channels} == {True}
+    assert {shape.rectified for shape in mobile if shape.outputs < shape.channels} == {False}
+    assert all(shape.rectified for shape in shapes_of("vgg16", 32))
+    assert str(resnet[0]) == "64x16x16 1x1 64 ReLU"
 
 
 @pytest.mark.parametrize("zeros", ZEROS)
@@ -58,9 +75,12 @@ def test_channels_may_have_the_same_blocks() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape", [SMALL, Shape("small", 10, 9, 1, 2, 12)])
+@pytest.mark.parametrize(
+    "shape",
+    [SMALL, Shape("small", 10, 9, 1, 2, 12), Shape("small", 12, 7, 1, 1, 10, rectified=True)],
+)
 def test_a_row_for_each_sparsity(shape: Shape, threads: int) -> None:
-    rows = measure(shape, 2, threads, turns=2, inferences=3, deepsparse=False)
+    rows = measure(shape, 2, threads, turns=2, inferences=9, deepsparse=False)
     assert [row.zeros for row in rows] == list(ZEROS)
     for row in rows:
         assert row.dense_us > 0.0
@@ -77,12 +97,60 @@ def test_a_row_for_each_sparsity(shape: Shape, threads: int) -> None:
 def test_wrong_codes_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     one_more = sparse_kernels.Layer.blocked
 
-    def wrong(self: sparse_kernels.Layer, batch: int) -> bytes:
-        return one_more(sparse_kernels.Layer(self.shape, self.codes, self.bias + 3000), batch)
+    def wrong(self: sparse_kernels.Layer, batch: int, copies: int) -> bytes:
+        other = sparse_kernels.Layer(self.shape, self.codes, self.bias + 3000)
+        return one_more(other, batch, copies)
 
     monkeypatch.setattr(sparse_kernels.Layer, "blocked", wrong)
     with pytest.raises(MeasurementError, match="our codes are not ONNX Runtime's"):
         measure(SMALL, 1, 1, turns=1, inferences=2, deepsparse=False)
+
+
+def computed(content: bytes, x: np.ndarray) -> list[np.ndarray]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})
+
+
+@needs_kernels
+def test_every_copy_is_computed() -> None:
+    """With a bias that is its own: ONNX Runtime does not merge them."""
+    layer = layer_of(Shape("small", 16, 8, 1, 1, 16), 0.5)
+    x = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 16), dtype=np.uint8)
+    found = computed(layer.plain(1, 3), x)
+    assert len(found) == 3
+    assert (found[2] >= found[0]).all()
+    assert (found[2] != found[0]).any()
+    copies = Copies(partial(layer.plain, 1), 2, 1, x)
+    np.testing.assert_array_equal(copies.output, found[0])
+    assert copies.microseconds(9) > 0.0
+
+
+def test_a_relu_leaves_no_negative_values() -> None:
+    x = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 16), dtype=np.uint8)
+    plain, rectified = (
+        computed(layer_of(Shape("small", 16, 8, 1, 1, 16, relu), 0.5).plain(1, 1), x)[0].astype(int)
+        for relu in (False, True)
+    )
+    inside = plain < 255
+    np.testing.assert_array_equal(rectified[inside], np.maximum(plain - ZERO, 0)[inside])
+
+
+@needs_kernels
+def test_a_time_that_noise_hides_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(Shape("small", 16, 8, 1, 1, 16), 0.5)
+    copies = Copies(partial(layer.plain, 1), 2, 1, np.zeros((1, 8, 8, 16), np.uint8))
+    monkeypatch.setattr(copies, "_several", copies._one)
+    monkeypatch.setattr(copies._one, "run", lambda: 1.0)
+    with pytest.raises(MeasurementError, match="3 copies took no longer than one"):
+        copies.microseconds(3)
+
+
+def test_small_operators_have_more_copies() -> None:
+    assert copies_for(1e10) == 1
+    assert copies_for(51e6) == 4
+    assert copies_for(1.0) == MOST_COPIES
 
 
 def test_means_are_over_shapes_and_geometric() -> None:

@@ -1,0 +1,120 @@
+"""How long an operator takes within a network, of which nothing else is measured.
+
+    time of one = (time of a graph with 1 + n copies - time of a graph with one) / n
+
+All copies read the same input; each has weights of its own, as the layers of a network do. ONNX
+Runtime's trace would say the same of a single operator, but in whole microseconds and with 2 to 3
+of its own in each: as much as a small layer takes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from obc_deploy.errors import MeasurementError
+from obc_deploy.runtimes import sparse
+
+ENOUGH_WORK = 200_000_000
+"""Multiply-accumulates of the copies beyond the first one: dense, half a millisecond or more."""
+MOST_COPIES = 24
+
+
+def copies_for(work: float) -> int:
+    """So many copies beyond the first one as a difference of two times can be trusted of.
+
+    Args:
+        work: multiply-accumulates of one.
+    """
+    return max(1, min(MOST_COPIES, math.ceil(ENOUGH_WORK / work)))
+
+
+class Copies:
+    """Two sessions, of a graph with one copy of an operator and of one with some more."""
+
+    def __init__(
+        self, graph: Callable[[int], bytes], more: int, threads: int, x: npt.NDArray[np.uint8]
+    ) -> None:
+        """Open both, and run each once.
+
+        Args:
+            graph: the file's content, by the number of copies: uint8 input "x", one uint8 output of
+                each copy, all of the same shape.
+            more: copies of the second graph beyond the first one.
+            threads: of each session.
+            x: the input.
+        """
+        self._more = more
+        self._one = _Bound(graph(1), threads, x)
+        self._several = _Bound(graph(1 + more), threads, x)
+        self._one.run()
+        self._several.run()
+
+    @property
+    def output(self) -> npt.NDArray[np.uint8]:
+        """What the first copy computes."""
+        return self._one.outputs()[0]
+
+    def microseconds(self, inferences: int) -> float:
+        """Of one operator: the median of paired differences.
+
+        Args:
+            inferences: of each graph; the first of them are not counted.
+
+        Raises:
+            MeasurementError: the copies took no time.
+        """
+        found = []
+        for _ in range(inferences):
+            one, several = self._one.run(), self._several.run()
+            found.append(1e6 * (several - one) / self._more)
+        taken = median(found[1:])
+        if taken <= 0.0:
+            raise MeasurementError(
+                f"{1 + self._more} copies took no longer than one: noise hides an operator this "
+                "small; give more --inferences"
+            )
+        return taken
+
+
+class _Bound:
+    """A session with its input in place, and outputs that are written to the same memory in turn.
+
+    A network's layers find their outputs' memory in the caches too: ONNX Runtime gives each what an
+    earlier one no longer needs.
+    """
+
+    def __init__(self, content: bytes, threads: int, x: npt.NDArray[np.uint8]) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.register_custom_ops_library(str(sparse.library_path()))
+        self._session = onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"]
+        )
+        self._x = onnxruntime.OrtValue.ortvalue_from_numpy(x)
+        self._memory = np.empty_like(self.outputs()[0])
+        self._binding: Any = self._session.io_binding()
+        self._binding.bind_ortvalue_input("x", self._x)
+        for output in self._session.get_outputs():
+            self._binding.bind_output(
+                output.name, "cpu", 0, np.uint8, self._memory.shape, self._memory.ctypes.data
+            )
+
+    def outputs(self) -> list[npt.NDArray[np.uint8]]:
+        found: list[npt.NDArray[np.uint8]] = self._session.run(None, {"x": self._x.numpy()})
+        return found
+
+    def run(self) -> float:
+        """One inference; how long it took, s."""
+        begin = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        return time.perf_counter() - begin
