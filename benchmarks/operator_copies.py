@@ -41,7 +41,7 @@ class Copies:
     def __init__(
         self, graph: Callable[[int], bytes], more: int, threads: int, x: npt.NDArray[np.uint8]
     ) -> None:
-        """Open both, and run each once.
+        """Open both.
 
         Args:
             graph: the file's content, by the number of copies: uint8 input "x", one uint8 output of
@@ -53,8 +53,6 @@ class Copies:
         self._more = more
         self._one = _Bound(graph(1), threads, x)
         self._several = _Bound(graph(1 + more), threads, x)
-        self._one.run()
-        self._several.run()
 
     @property
     def output(self) -> npt.NDArray[np.uint8]:
@@ -62,7 +60,7 @@ class Copies:
         return self._one.outputs()[0]
 
     def microseconds(self, inferences: int) -> float:
-        """Of one operator: the median of paired differences.
+        """Of one operator: the difference of medians, shared out.
 
         Args:
             inferences: of each graph; the first of them are not counted.
@@ -70,11 +68,8 @@ class Copies:
         Raises:
             MeasurementError: the copies took no time.
         """
-        found = []
-        for _ in range(inferences):
-            one, several = self._one.run(), self._several.run()
-            found.append(1e6 * (several - one) / self._more)
-        taken = median(found[1:])
+        one, several = self._one.seconds(inferences), self._several.seconds(inferences)
+        taken = 1e6 * (several - one) / self._more
         if taken <= 0.0:
             raise MeasurementError(
                 f"{1 + self._more} copies took no longer than one: noise hides an operator this "
@@ -95,6 +90,8 @@ class _Bound:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Threads wait for work by spinning, some 50 ms, and would do so while other sessions run.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         options.register_custom_ops_library(str(sparse.library_path()))
         self._session = onnxruntime.InferenceSession(
@@ -113,8 +110,11 @@ class _Bound:
         found: list[npt.NDArray[np.uint8]] = self._session.run(None, {"x": self._x.numpy()})
         return found
 
-    def run(self) -> float:
-        """One inference; how long it took, s."""
-        begin = time.perf_counter()
-        self._session.run_with_iobinding(self._binding)
-        return time.perf_counter() - begin
+    def seconds(self, inferences: int) -> float:
+        """The median of all inferences but the first one."""
+        taken = []
+        for _ in range(inferences):
+            begin = time.perf_counter()
+            self._session.run_with_iobinding(self._binding)
+            taken.append(time.perf_counter() - begin)
+        return median(taken[1:])

@@ -34,6 +34,7 @@ static constexpr Accumulate kAccumulate[][kBandSizes][kEndings] = {OBC_TILE_SHAP
 #undef OBC_BANDS
 #undef OBC_ENDINGS
 
+#include "write_chunk.hpp"
 #include "run_convolution.hpp"
 
 // Products of one block with kPixels pixels each, all in registers: what no kernel can be faster than.

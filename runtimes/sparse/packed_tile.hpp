@@ -82,3 +82,82 @@ static void unpack_subtiles(const TilePlace& place, const Subtiles& subtiles, in
         }
     }
 }
+
+// Where a tile is: in the plan, and in the tensors of this run.
+struct Place {
+    const TilePlace& at;
+    const PixelRun* pixel_runs;
+    const BorderRun* border_runs;
+    Subtiles subtiles;
+};
+
+static_assert(Lanes::kPixels <= kMostLanes, "a plan has no room for so many lanes");
+
+// A tile's subtiles in the tensors of this run.
+static void find_subtiles(const ConvolutionPlan& plan, const BlockedTensors& tensors, const TilePlace& place,
+                          Subtiles& subtiles) {
+    for (int lane = 0; lane < Lanes::kPixels; ++lane) {
+        subtiles.input[lane] = tensors.input + place.input[lane];
+        subtiles.output[lane] = tensors.output + place.output[lane];
+    }
+    if (!plan.residual_.present) return;
+    for (int lane = 0; lane < Lanes::kPixels; ++lane) {
+        subtiles.residual[lane] = tensors.residual + place.residual[lane];
+    }
+}
+
+// Neighbouring pixels of the output.
+static OBC_INLINE void pack_pixels(uint8_t* to, const uint8_t* from, int64_t stride, int64_t pixels) {
+    if (stride == 1) {
+        TilePixels::pack_run(to, from, pixels);
+    } else {
+        TilePixels::pack_every_second(to, from, pixels);
+    }
+}
+
+// Whole vectors of all blocks first, then the halves.
+static void pack_halved(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
+                        uint8_t* wholes, uint8_t* halves, int64_t first, int64_t last) {
+    const int64_t stride = plan.shape_.stride;
+    const int64_t whole_pixels = (plan.position_columns_ - 1) * Lanes::kPixels;
+    for (int64_t block = first; block < last; ++block) {
+        for (int64_t r = 0; r < place.at.pixel_runs; ++r) {
+            const PixelRun& run = place.pixel_runs[r];
+            const uint8_t* from = tensors.input + block * plan.shape_.input.plane_bytes() + run.input;
+            const int64_t before = run.position < whole_pixels ? whole_pixels - run.position : 0;
+            const int64_t whole = before < run.pixels ? before : run.pixels;
+            if (whole > 0) pack_pixels(wholes + run.position * Lanes::kPixelBytes, from, stride, whole);
+            if (whole == run.pixels) continue;
+            from += whole * stride * kBlock;
+            const int64_t position = run.position + whole - whole_pixels;
+            pack_pixels(halves + position * Lanes::kPixelBytes, from, stride, run.pixels - whole);
+        }
+        wholes += whole_pixels * Lanes::kPixelBytes;
+        halves += Lanes::kPixels / 2 * Lanes::kPixelBytes;
+    }
+}
+
+// The input blocks first to last - 1.
+static void pack_group(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place, uint8_t* to,
+                       uint8_t* halves, int64_t first, int64_t last) {
+    const int64_t plane_bytes = plan.shape_.input.plane_bytes();
+    const int64_t tile_bytes =
+        plan.position_rows_ * plan.position_columns_ * Lanes::kPixels * Lanes::kPixelBytes;
+    if (plan.kernels_->shapes[plan.tile_].halved) return pack_halved(plan, tensors, place, to, halves, first, last);
+    for (int64_t block = first; block < last; ++block, to += tile_bytes) {
+        if (!plan.flat_) {
+            pack_subtiles<TilePixels>(to, place.subtiles.input, place.at.present,
+                                      place.at.fours_in, block * plane_bytes,
+                                      plan.shape_.input.row_bytes(), plan.row_slot_.data(),
+                                      plan.position_rows_, plan.column_slot_.data(),
+                                      plan.position_columns_, plan.position_columns_);
+            continue;
+        }
+        for (int64_t r = 0; r < place.at.pixel_runs; ++r) {
+            const PixelRun& run = place.pixel_runs[r];
+            uint8_t* const position = to + run.position * Lanes::kPixelBytes;
+            const uint8_t* const from = tensors.input + block * plane_bytes + run.input;
+            pack_pixels(position, from, plan.shape_.stride, run.pixels);
+        }
+    }
+}

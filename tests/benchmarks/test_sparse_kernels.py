@@ -142,7 +142,7 @@ def test_a_time_that_noise_hides_is_not_reported(monkeypatch: pytest.MonkeyPatch
     layer = layer_of(Shape("small", 16, 8, 1, 1, 16), 0.5)
     copies = Copies(partial(layer.plain, 1), 2, 1, np.zeros((1, 8, 8, 16), np.uint8))
     monkeypatch.setattr(copies, "_several", copies._one)
-    monkeypatch.setattr(copies._one, "run", lambda: 1.0)
+    monkeypatch.setattr(copies._one, "seconds", lambda inferences: 1.0)
     with pytest.raises(MeasurementError, match="3 copies took no longer than one"):
         copies.microseconds(3)
 

@@ -30,7 +30,7 @@ class AveragePool {
         const Windows& windows = options_.windows;
         run.parallel_planes(y.images * y.blocks(), y.plane_bytes(), [&](int64_t plane) {
             const ScratchPool::Piece scratch =
-                scratch_.borrow(size_t(x.width * kBlock) * sizeof(int32_t));
+                scratch_->borrow(size_t(x.width * kBlock) * sizeof(int32_t));
             int32_t* columns = scratch.as<int32_t>();
             fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y,
                         options_.grid.grid.zero_point);
@@ -69,7 +69,7 @@ class AveragePool {
 
     Options options_;
     const InstructionSet& set_;
-    mutable ScratchPool scratch_;
+    const std::shared_ptr<ScratchPool> scratch_ = ScratchPool::shared();
 };
 
 }  // namespace obc::sparse

@@ -82,9 +82,9 @@ class DepthwiseConvolution {
         const Parted parted(windows_, x, y);
         const int64_t taps = windows_.height * windows_.width;
         run.parallel_planes(y.images * y.blocks(), y.plane_bytes(), [&](int64_t plane) {
-            const ScratchPool::Piece tap_inputs = scratch_.borrow(size_t(taps) * sizeof(uint8_t*));
-            const ScratchPool::Piece copies = scratch_.borrow(size_t(parted.bytes()));
-            const ScratchPool::Piece codes = scratch_.borrow(size_t(parted.pixels * kBlock));
+            const ScratchPool::Piece tap_inputs = scratch_->borrow(size_t(taps) * sizeof(uint8_t*));
+            const ScratchPool::Piece copies = scratch_->borrow(size_t(parted.bytes()));
+            const ScratchPool::Piece codes = scratch_->borrow(size_t(parted.pixels * kBlock));
             const uint8_t* pixels = run.input(0).read<uint8_t>() + plane * x.plane_bytes();
             if (parted.phases() > 1) {
                 parted.copy(set_, pixels, copies.as<uint8_t>());
@@ -182,7 +182,7 @@ class DepthwiseConvolution {
     std::vector<int32_t> weights_;  // [blocks][taps][4]
     std::vector<int32_t> bias_;     // [blocks][kTileBytes]
     std::vector<float> multiplier_;
-    mutable ScratchPool scratch_;
+    const std::shared_ptr<ScratchPool> scratch_ = ScratchPool::shared();
 };
 
 }  // namespace obc::sparse

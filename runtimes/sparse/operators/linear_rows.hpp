@@ -104,7 +104,7 @@ class LinearWeights {
         constexpr int64_t kSlices = kOutputs / kSlice;
         const int64_t blocks = (features + kBlock - 1) / kBlock,
                       chunks = (outputs() + kOutputs - 1) / kOutputs;
-        const ScratchPool::Piece scratch = scratch_.borrow(size_t(rows * blocks * kBlock));
+        const ScratchPool::Piece scratch = scratch_->borrow(size_t(rows * blocks * kBlock));
         uint8_t* copies = scratch.as<uint8_t>();  // rows of whole blocks
         for (int64_t row = 0; row < rows; ++row) {
             uint8_t* copy = copies + row * blocks * kBlock;
@@ -133,7 +133,7 @@ class LinearWeights {
         const int64_t blocks = (features + kBlock - 1) / kBlock, tile_bytes = blocks * kTokens * kBlock;
         const int64_t tiles = (rows + kTokens - 1) / kTokens;
         const int64_t chunks = (outputs() + kOutputsAtOnce - 1) / kOutputsAtOnce;
-        const ScratchPool::Piece scratch = scratch_.borrow(size_t(tiles * tile_bytes));
+        const ScratchPool::Piece scratch = scratch_->borrow(size_t(tiles * tile_bytes));
         uint8_t* packed = scratch.as<uint8_t>();
         run.parallel(tiles, [&](int64_t tile) {
             const int64_t first = tile * kTokens, count = std::min(kTokens, rows - first);
@@ -177,7 +177,7 @@ class LinearWeights {
     std::vector<int32_t> slice_output_;  // within its kOutputs, -1 where there is none
     std::vector<int32_t> index_;         // by slice
     std::vector<int8_t> values_;
-    mutable ScratchPool scratch_;
+    const std::shared_ptr<ScratchPool> scratch_ = ScratchPool::shared();
 };
 
 }  // namespace obc::sparse

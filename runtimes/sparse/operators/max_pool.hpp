@@ -49,7 +49,7 @@ class MaxPool {
         const bool halves = windows.halve();
         const size_t scratch_bytes = halves ? 0 : size_t((padded + positions) * kBlock);
         run.parallel_ranges(y.images * y.blocks(), x.plane_bytes(), [&](int64_t first, int64_t last) {
-            const ScratchPool::Piece scratch = scratch_.borrow(scratch_bytes);
+            const ScratchPool::Piece scratch = scratch_->borrow(scratch_bytes);
             for (int64_t plane = first; plane < last; ++plane) {
                 fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y, options_.zero_point);
                 if (halves) {
@@ -67,7 +67,7 @@ class MaxPool {
   private:
     Options options_;
     const InstructionSet& set_;
-    mutable ScratchPool scratch_;
+    const std::shared_ptr<ScratchPool> scratch_ = ScratchPool::shared();
 };
 
 }  // namespace obc::sparse

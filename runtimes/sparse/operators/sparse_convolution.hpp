@@ -93,7 +93,7 @@ class SparseConvolution {
         const std::shared_ptr<const ConvolutionPlan> plan = plan_for(x);
         const BlockedTensors tensors{run.input(0).read<uint8_t>(), residual, output.write<uint8_t>()};
         run.parallel(plan->units(), [&](int64_t unit) {
-            const ScratchPool::Piece scratch = scratch_.borrow(plan->scratch_bytes());
+            const ScratchPool::Piece scratch = scratch_->borrow(plan->scratch_bytes());
             plan->run(tensors, unit, unit + 1, scratch.as<void>());
         });
     }
@@ -154,7 +154,7 @@ class SparseConvolution {
     std::vector<float> multiplier_;
     mutable std::mutex mutex_;
     mutable std::vector<std::shared_ptr<const ConvolutionPlan>> plans_;
-    mutable ScratchPool scratch_;
+    const std::shared_ptr<ScratchPool> scratch_ = ScratchPool::shared();
 };
 
 }  // namespace obc::sparse

@@ -65,7 +65,7 @@ class SparseConvolutionFloat {
         const int64_t images = x.shape[0], out_height = output.shape[2], out_width = output.shape[3];
 
         const ScratchPool::Piece scratch =
-            scratch_.borrow(size_t(images * padded.image() + set_.floats) * sizeof(float));
+            scratch_->borrow(size_t(images * padded.image() + set_.floats) * sizeof(float));
         float* copies = scratch.as<float>();
         std::fill_n(copies + images * padded.image(), set_.floats, 0.0f);
         run.parallel(images * options_.channels, [&](int64_t channel) {
@@ -84,7 +84,7 @@ class SparseConvolutionFloat {
             const int64_t chunk = part % chunks, tile = part / chunks % tiles,
                           image = part / chunks / tiles;
             const int64_t first = tile * set_.floats, last = std::min(first + set_.floats, pixels);
-            const ScratchPool::Piece piece = scratch_.borrow(size_t(set_.floats) * sizeof(float));
+            const ScratchPool::Piece piece = scratch_->borrow(size_t(set_.floats) * sizeof(float));
             float* sums = piece.as<float>();
             for (int64_t o = chunk * kOutputs; o < std::min((chunk + 1) * kOutputs, entries_.outputs);
                  ++o) {
@@ -166,7 +166,7 @@ class SparseConvolutionFloat {
     mutable std::shared_ptr<const std::vector<int32_t>> offsets_;
     mutable int64_t known_height_ = 0;
     mutable int64_t known_width_ = 0;
-    mutable ScratchPool scratch_;
+    const std::shared_ptr<ScratchPool> scratch_ = ScratchPool::shared();
 };
 
 }  // namespace obc::sparse

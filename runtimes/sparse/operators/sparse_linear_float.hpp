@@ -62,7 +62,7 @@ class SparseLinearFloat {
                       features = options_.features;
         const int64_t chunks = (entries_.outputs + kOutputsAtOnce - 1) / kOutputsAtOnce;
         const ScratchPool::Piece scratch =
-            scratch_.borrow(size_t(tiles * features * width) * sizeof(float));
+            scratch_->borrow(size_t(tiles * features * width) * sizeof(float));
         float* packed = scratch.as<float>();
         run.parallel(tiles, [&](int64_t tile) {
             float* to = packed + tile * features * width;
@@ -78,7 +78,7 @@ class SparseLinearFloat {
             const int64_t last = std::min(first + kOutputsAtOnce, entries_.outputs);
             const int64_t count = std::min(width, rows - tile * width);
             const ScratchPool::Piece sums =
-                scratch_.borrow(size_t(kOutputsAtOnce * width) * sizeof(float));
+                scratch_->borrow(size_t(kOutputsAtOnce * width) * sizeof(float));
             float* numbers = sums.as<float>();
             for (int64_t o = first; o < last; ++o) {
                 float* of_output = numbers + (o - first) * width;
@@ -96,7 +96,7 @@ class SparseLinearFloat {
     const InstructionSet& set_;
     FloatRows entries_;
     std::vector<float> bias_;
-    mutable ScratchPool scratch_;
+    const std::shared_ptr<ScratchPool> scratch_ = ScratchPool::shared();
 };
 
 }  // namespace obc::sparse
