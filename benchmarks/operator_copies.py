@@ -24,6 +24,7 @@ from obc_deploy.runtimes import sparse
 ENOUGH_WORK = 200_000_000
 """Multiply-accumulates of the copies beyond the first one: dense, half a millisecond or more."""
 MOST_COPIES = 24
+ATTEMPTS = 5
 
 
 def copies_for(work: float) -> int:
@@ -32,7 +33,7 @@ def copies_for(work: float) -> int:
     Args:
         work: multiply-accumulates of one.
     """
-    return max(1, min(MOST_COPIES, math.ceil(ENOUGH_WORK / work)))
+    return max(2, min(MOST_COPIES, math.ceil(ENOUGH_WORK / work)))
 
 
 class Copies:
@@ -68,14 +69,14 @@ class Copies:
         Raises:
             MeasurementError: the copies took no time.
         """
-        one, several = self._one.seconds(inferences), self._several.seconds(inferences)
-        taken = 1e6 * (several - one) / self._more
-        if taken <= 0.0:
-            raise MeasurementError(
-                f"{1 + self._more} copies took no longer than one: noise hides an operator this "
-                "small; give more --inferences"
-            )
-        return taken
+        for _ in range(ATTEMPTS):
+            one, several = self._one.seconds(inferences), self._several.seconds(inferences)
+            if several > one:
+                return 1e6 * (several - one) / self._more
+        raise MeasurementError(
+            f"{1 + self._more} copies took no longer than one, {ATTEMPTS} times: noise hides an "
+            "operator this small; give more --inferences"
+        )
 
 
 class _Bound:

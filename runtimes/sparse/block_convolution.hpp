@@ -213,7 +213,6 @@ struct TilePlace {
     int64_t pixel_runs;
     int64_t first_border_run;
     int64_t border_runs;
-    LinesAhead input_lines;
     LinesAhead output_lines;
     LinesAhead residual_lines;
 };

@@ -27,11 +27,3 @@ static void fetch_chunk(const ConvolutionPlan& plan, const BlockedTensors& tenso
     fetch_lines(plan, place.residual_lines, tensors.residual, plan.residual_shape_.plane_bytes(), first_block,
                 last_block);
 }
-
-// The next tile's pixels come with this one's chunks, some input blocks with each.
-static void fetch_share(const ConvolutionPlan& plan, const BlockedTensors& tensors, const TilePlace& place,
-                        int64_t share, int64_t shares) {
-    const int64_t blocks = plan.shape_.input.blocks();
-    fetch_lines(plan, place.input_lines, tensors.input, plan.shape_.input.plane_bytes(), share * blocks / shares,
-                (share + 1) * blocks / shares);
-}

@@ -36,8 +36,6 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
         const int64_t part = unit % plan.parts_;
         const int64_t first_chunk = part * chunks / plan.parts_, last_chunk = (part + 1) * chunks / plan.parts_;
         const TilePlace& at = plan.places_[static_cast<size_t>(unit / plan.parts_)];
-        const bool tile_ends = part + 1 == plan.parts_ && unit + 1 < last;
-        const TilePlace* const next = tile_ends ? &at + 1 : nullptr;
         Place place = {at, plan.pixel_runs_.data() + at.first_pixel_run,
                        plan.border_runs_.data() + at.first_border_run, {}};
         if (!plan.flat_) find_subtiles(plan, tensors, at, place.subtiles);
@@ -59,7 +57,6 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
                 const int64_t after = channel + (rest < plan.chunk_ ? rest : plan.chunk_);
                 work.first_channel = channel;
                 if (last_group) fetch_chunk(plan, tensors, at, channel, after);
-                if (last_group && next) fetch_share(plan, tensors, *next, chunk - first_chunk, last_chunk - first_chunk);
                 for (int size = 0; size < kBandSizes; ++size, ++rows) {
                     if (rows->count == 0) continue;
                     work.rows = plan.rows_.data() + rows->row;

@@ -139,27 +139,22 @@ LinesAhead ConvolutionPlan::add_lines(const BlockedShape& tensor, std::vector<st
 }
 
 void ConvolutionPlan::find_lines(TilePlace& place) {
-    std::vector<std::pair<int64_t, int64_t>> input, output, residual;
+    std::vector<std::pair<int64_t, int64_t>> output, residual;
     const auto add = [](std::vector<std::pair<int64_t, int64_t>>& runs, int64_t begin, int64_t pixels) {
         runs.emplace_back(begin, begin + pixels * kBlock);
     };
     for (int64_t r = 0; r < place.pixel_runs; ++r) {
         const PixelRun& run = pixel_runs_[static_cast<size_t>(place.first_pixel_run + r)];
-        add(input, run.input, (run.pixels - 1) * shape_.stride + 1);
         add(output, run.output, run.pixels);
         add(residual, run.residual, run.pixels);
     }
     const TileShape& shape = kernels_->shapes[tile_];
     for (int lane = 0; lane < place.present; ++lane) {
-        for (int64_t row = 0; row < position_rows_; ++row) {
-            add(input, place.input[lane] + row * shape_.input.row_bytes(), position_columns_);
-        }
         for (int64_t row = 0; row < shape.rows; ++row) {
             add(output, place.output[lane] + row * output_.row_bytes(), shape.columns);
             add(residual, place.residual[lane] + row * residual_shape_.row_bytes(), shape.columns);
         }
     }
-    place.input_lines = add_lines(shape_.input, std::move(input));
     place.output_lines = add_lines(output_, std::move(output));
     if (residual_.present) place.residual_lines = add_lines(residual_shape_, std::move(residual));
 }
