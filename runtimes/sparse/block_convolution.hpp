@@ -301,7 +301,7 @@ public:
 
 private:
     void place_tiles();
-    void place_flat(int64_t tile, TilePlace& place);
+    void place_flat(int64_t tile, const std::vector<int64_t>& starts, TilePlace& place);
     void place_subtiles(int64_t tile, TilePlace& place);
     void find_lines(TilePlace& place);
     LinesAhead add_lines(const BlockedShape& tensor, std::vector<std::pair<int64_t, int64_t>> runs);

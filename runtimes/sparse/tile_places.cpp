@@ -25,14 +25,28 @@ void ConvolutionPlan::own_border(int64_t image, int64_t y, int64_t first_x, int6
     }
 }
 
+// Where tiles of at most `most` pixels of a list begin, and the last one ends: all have about as many, and
+// as far as that leaves room each begins with a cache line, for threads should not write to one together.
+static std::vector<int64_t> tile_starts(int64_t tiles, int64_t most, int64_t pixels) {
+    std::vector<int64_t> starts = {0};
+    for (int64_t tile = 1; tile <= tiles; ++tile) {
+        const int64_t least = pixels - (tiles - tile) * most;
+        const int64_t even = std::max(tile * pixels / tiles, least);
+        const int64_t start = std::min(starts.back() + most, even);
+        const int64_t at_line = start - start % (kLineBytes / kBlock);
+        starts.push_back(at_line >= least && at_line > starts.back() ? at_line : start);
+    }
+    return starts;
+}
+
 // The tile's pixels in runs that are contiguous in all tensors.
-void ConvolutionPlan::place_flat(int64_t tile, TilePlace& place) {
+void ConvolutionPlan::place_flat(int64_t tile, const std::vector<int64_t>& starts, TilePlace& place) {
     const BlockedShape& input = shape_.input;
     const int64_t stride = shape_.stride;
     const int64_t tile_pixels = kernels_->shapes[tile_].pixels(kernels_->lanes);
     const int64_t image_pixels = output_.height * output_.width;
-    int64_t begin = tile * tile_pixels;
-    int64_t end = std::min(begin + tile_pixels, output_.images * image_pixels);
+    int64_t begin = starts[static_cast<size_t>(tile)];
+    int64_t end = starts[static_cast<size_t>(tile) + 1];
     int64_t start = begin;  // of the tile; what lies before `begin` belongs to the tile above
     if (in_place_) {
         const int64_t tiles = tiles_ / output_.images;
@@ -161,12 +175,15 @@ void ConvolutionPlan::find_lines(TilePlace& place) {
 
 void ConvolutionPlan::place_tiles() {
     places_.resize(static_cast<size_t>(tiles_));
+    const int64_t tile_pixels = kernels_->shapes[tile_].pixels(kernels_->lanes);
+    const int64_t pixels = output_.images * output_.height * output_.width;
+    const std::vector<int64_t> starts = flat_ ? tile_starts(tiles_, tile_pixels, pixels) : std::vector<int64_t>{};
     for (int64_t tile = 0; tile < tiles_; ++tile) {
         TilePlace& place = places_[static_cast<size_t>(tile)];
         place.first_pixel_run = static_cast<int64_t>(pixel_runs_.size());
         place.first_border_run = static_cast<int64_t>(border_runs_.size());
         if (flat_) {
-            place_flat(tile, place);
+            place_flat(tile, starts, place);
         } else {
             place_subtiles(tile, place);
         }
