@@ -3,7 +3,7 @@
 // A block is four consecutive input channels of one output channel at one kernel position: the four
 // products that one VNNI instruction adds up. Only blocks with a non-zero weight are stored.
 //
-//     plan = ConvolutionPlan(shape, weights, requantization, residual, instruction_set)   allocates
+//     plan = ConvolutionPlan(shape, weights, requantization, residual, set, threads)      allocates
 //     for each unit, on any thread: plan.run(tensors, first, last, scratch)               does not
 //
 // A plan belongs to one shape of the input (it holds the weights in the order in which this shape
@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -242,10 +243,11 @@ struct ScratchLayout {
 
 class ConvolutionPlan {
 public:
-    // Throws std::bad_alloc and nothing else; the caller has checked what is said above.
+    // `threads` says how many will run units; it is asked where that matters. Throws std::bad_alloc, what
+    // `threads` throws, and nothing else; the caller has checked what is said above.
     ConvolutionPlan(const ConvolutionShape& shape, const BlockWeights& weights,
                     const Requantization& requantization, const ResidualAdd& residual,
-                    const ConvolutionKernels& kernels);
+                    const ConvolutionKernels& kernels, const std::function<int64_t()>& threads);
 
     // What threads take turns at: parts of tiles.
     int64_t units() const { return tiles_ * parts_; }

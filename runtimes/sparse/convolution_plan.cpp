@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <thread>
 
 #include "bands.hpp"
 #include "block_convolution.hpp"
@@ -28,6 +27,9 @@ constexpr double kHalfSaved = 0.4;
 
 // Of the second cache, what stays a packed tile's own beside the weights and sums that stream through.
 constexpr double kOwnSecondCache = 48 * 1024;
+
+// With so many tiles no thread is left without work for long, and how many there are need not be known.
+constexpr int64_t kManyTiles = 64;
 
 constexpr double kPageBytes = 4096;
 constexpr double kPagesAtHand = 60;
@@ -153,19 +155,26 @@ Cost cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometr
     return Cost{tiles * (accumulating + rows + requantizing + packing), g.in_place ? 0.0 : tiles * packing};
 }
 
-// Few tiles leave threads without work: then the output channels are shared out too. How many threads a
-// session has is not known, so a part must be worth its call where there is only one, and as each part
-// packs the tile, packing may not add much.
-int64_t parts_of(const Geometry& g, const Cost& cost, int64_t out_channels) {
-    constexpr double kUnitsOfACore = 2;
-    constexpr double kPartCycles = 30000;
-    constexpr double kMorePacking = 0.03;
-    const double cores = static_cast<double>(std::thread::hardware_concurrency());
-    if (cores < 2) return 1;
+// Few tiles leave threads without work: then the output channels of each are shared out too, in as many parts
+// as end first by the estimate. Each part packs the tile for itself.
+int64_t parts_of(const Geometry& g, const Cost& cost, int64_t out_channels, int64_t threads) {
+    constexpr double kUnitCycles = 1000;
+    constexpr double kSharingCycles = 8000;
     const double tiles = static_cast<double>(g.tiles);
-    double parts = std::min(std::ceil(cores * kUnitsOfACore / tiles), cost.total / kPartCycles / tiles);
-    if (cost.packing > 0) parts = std::min(parts, 1 + kMorePacking * cost.total / cost.packing);
-    return std::max<int64_t>(1, std::min(static_cast<int64_t>(parts), ceil_divide(out_channels, kBandWindow)));
+    const int64_t most = std::min(ceil_divide(2 * threads, g.tiles), ceil_divide(out_channels, kBandWindow));
+    int64_t best = 1;
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t parts = 1; parts <= most; ++parts) {
+        const double rounds = static_cast<double>(ceil_divide(g.tiles * parts, threads));
+        const double unit = (cost.packing + (cost.total - cost.packing) / static_cast<double>(parts)) / tiles;
+        const double shared = g.tiles * parts > 1 ? kSharingCycles : 0;
+        const double cycles = rounds * (unit + kUnitCycles) + shared;
+        if (cycles < least) {
+            least = cycles;
+            best = parts;
+        }
+    }
+    return best;
 }
 
 SumsAre known_of_sums(const BlockWeights& weights, const Requantization& how, int64_t out_channels) {
@@ -211,7 +220,7 @@ bool supported(const ConvolutionKernels& kernels) {
 
 ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeights& weights,
                                  const Requantization& requantization, const ResidualAdd& residual,
-                                 const ConvolutionKernels& kernels)
+                                 const ConvolutionKernels& kernels, const std::function<int64_t()>& threads)
     : shape_(shape),
       output_(shape.output()),
       residual_shape_(output_),
@@ -256,7 +265,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     flat_ = best.flat;
     in_place_ = best.in_place;
     tiles_ = best.tiles;
-    parts_ = parts_of(best, least, out_channels);
+    parts_ = best.tiles < kManyTiles ? parts_of(best, least, out_channels, threads()) : 1;
     down_ = best.down;
     across_ = best.across;
     position_rows_ = best.position_rows;

@@ -3,9 +3,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <mutex>
 #include <new>
 #include <optional>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "malformed.hpp"
 #include "onnxruntime_api.hpp"
@@ -153,6 +157,30 @@ class Run {
         if (shared.failed) throw std::bad_alloc();
     }
 
+    // Threads that a parallel loop has: those that come within a moment, at most as many as there are cores.
+    int64_t threads() const {
+        const int64_t cores = std::min<int64_t>(std::thread::hardware_concurrency(), kMostThreads);
+        if (cores < 2) return 1;
+        std::mutex mutex;
+        std::vector<std::thread::id> seen;
+        seen.reserve(size_t(cores));
+        std::atomic<int64_t> count{0};
+        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(kThreadsWithin);
+        parallel(cores, [&](int64_t) {
+            {
+                std::lock_guard<std::mutex> lock(mutex);
+                const std::thread::id self = std::this_thread::get_id();
+                if (std::find(seen.begin(), seen.end(), self) == seen.end()) {
+                    seen.push_back(self);
+                    ++count;
+                }
+            }
+            while (count < cores && std::chrono::steady_clock::now() < end) {
+            }
+        });
+        return count;
+    }
+
     // Calls body(first, last) for ranges of 0 to total - 1, of as many as are worth a call: small
     // planes, of `bytes` each, take no longer than that.
     template <class Body>
@@ -174,6 +202,8 @@ class Run {
 
   private:
     static constexpr int64_t kRangeBytes = 16 * 1024;
+    static constexpr int64_t kMostThreads = 64;
+    static constexpr int64_t kThreadsWithin = 300;  // us
 
     const ort::Api& api_;
     ort::KernelContext* context_;

@@ -90,7 +90,7 @@ class SparseConvolution {
     void run(const Run& run, const Tensor& output) const {
         const BlockedShape x = options_.input(run.input(0).shape);
         const uint8_t* residual = checked_residual(run, options_.output(x, blocks_.outputs));
-        const std::shared_ptr<const ConvolutionPlan> plan = plan_for(x);
+        const std::shared_ptr<const ConvolutionPlan> plan = plan_for(x, run);
         const BlockedTensors tensors{run.input(0).read<uint8_t>(), residual, output.write<uint8_t>()};
         run.parallel(plan->units(), [&](int64_t unit) {
             const ScratchPool::Piece scratch = scratch_->borrow(plan->scratch_bytes());
@@ -114,7 +114,7 @@ class SparseConvolution {
     }
 
     // The last few shapes' plans are kept: making one takes longer than running it.
-    std::shared_ptr<const ConvolutionPlan> plan_for(const BlockedShape& x) const {
+    std::shared_ptr<const ConvolutionPlan> plan_for(const BlockedShape& x, const Run& run) const {
         constexpr size_t kKept = 4;
         std::lock_guard<std::mutex> lock(mutex_);
         for (const auto& plan : plans_) {
@@ -143,7 +143,8 @@ class SparseConvolution {
                                    options_.grid.lower,          options_.grid.upper};
         if (plans_.size() == kKept) plans_.erase(plans_.begin());
         plans_.push_back(std::make_shared<const ConvolutionPlan>(shape, blocks_.view(), requantization,
-                                                                 residual, *set_.convolution));
+                                                                 residual, *set_.convolution,
+                                                                 [&run] { return run.threads(); }));
         return plans_.back();
     }
 
