@@ -205,7 +205,7 @@ def build_onnx(
     views: tuple[Any, ...] = ()
     if target.sparse_operators:
         dense_bytes = ir.to_proto(graph).ByteSize()
-        sparse = to_sparse_operators(graph)
+        sparse = to_sparse_operators(graph, target.processor)
         views = sparse.views
         if not sparse.layers:
             dense_bytes = None

@@ -9,10 +9,13 @@ Runtime's trace adds to an operator, on both sides. What the counts are is said 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 from obc_deploy.runtimes.fingerprint import take_fingerprint
+from obc_deploy.targets import Processor
 
 Costs = Mapping[str, Mapping[str, float]]
 
@@ -150,7 +153,30 @@ layers.
 """
 
 
+COSTS: Mapping[Processor, Costs] = {
+    Processor.CASCADE_LAKE: CASCADE_LAKE,
+    Processor.ZEN_4: ZEN_4,
+}
+
+_chosen: ContextVar[Processor | None] = ContextVar("processor", default=None)
+
+
 @cache
-def costs_here() -> Costs:
-    """Of the processor that is most like this machine's: its maker's."""
-    return ZEN_4 if "AMD" in take_fingerprint().cpu else CASCADE_LAKE
+def processor_here() -> Processor:
+    """The one that this machine's is most like: its maker's."""
+    return Processor.ZEN_4 if "AMD" in take_fingerprint().cpu else Processor.CASCADE_LAKE
+
+
+@contextmanager
+def costs_of(processor: Processor | None) -> Iterator[None]:
+    """Within it a processor's costs decide; None is the one of `processor_here`."""
+    before = _chosen.set(processor)
+    try:
+        yield
+    finally:
+        _chosen.reset(before)
+
+
+def deciding_costs() -> Costs:
+    """Of the processor that `costs_of` named, else of this machine's kind."""
+    return COSTS[_chosen.get() or processor_here()]

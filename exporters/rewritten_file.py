@@ -223,7 +223,7 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
             "weights, or prune its float layers to 85 % zeros and more"
         )
     dense_bytes = ir.to_proto(model).ByteSize()
-    sparse = to_sparse_operators(model)
+    sparse = to_sparse_operators(model, target.processor)
     if not sparse.layers:
         raise ExportError(
             f"no layer of '{source.name}' gets faster by its zeros: at most {sparse.zeros:.0%} of "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from obc_deploy.exporters.operator_costs import costs_here
+from obc_deploy.exporters.operator_costs import deciding_costs
 from obc_deploy.exporters.sparse_blocks import BLOCK
 
 _PLAIN = ("call", "elements")
@@ -210,9 +210,9 @@ def nanoseconds(operator: str, work: Work) -> float:
         operator: a key of `COUNTS`.
         work: how much it has to do.
     """
-    return sum(cost * work.counts[count] for count, cost in costs_here()[operator].items())
+    return sum(cost * work.counts[count] for count, cost in deciding_costs()[operator].items())
 
 
 def residual_ns(results: int) -> float:
     """What a sparse convolution takes longer where it adds a residual to so many results."""
-    return costs_here()["SparseConvolution"].get("residuals", 0.0) * results
+    return deciding_costs()["SparseConvolution"].get("residuals", 0.0) * results

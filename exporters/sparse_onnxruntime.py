@@ -14,9 +14,11 @@ import onnx_ir as ir
 from obc_deploy.exporters.blocked_layout import to_blocked_layout
 from obc_deploy.exporters.edit import constant, drop_dead
 from obc_deploy.exporters.integer_shortcuts import drop_requantizations, pads_onto_codes
+from obc_deploy.exporters.operator_costs import costs_of
 from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS, stored_blocks
 from obc_deploy.exporters.sparse_float import float_zeros, to_sparse_floats
 from obc_deploy.exporters.sparse_linear import to_sparse_linears
+from obc_deploy.targets import Processor
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,19 @@ def zero_blocks(model: ir.Model) -> dict[str, float]:
     return found
 
 
-def to_sparse_operators(model: ir.Model) -> SparseGraph:
+def to_sparse_operators(model: ir.Model, processor: Processor | None = None) -> SparseGraph:
     """Rewrite a graph for the sparse kernels, each layer as far as it gains from them.
 
     Args:
         model: QLinearConv and its kin, or float layers, with sizes on their values; changed in
             place.
+        processor: whose costs decide what a layer gains; None: this machine's kind.
     """
+    with costs_of(processor):
+        return _to_sparse_operators(model)
+
+
+def _to_sparse_operators(model: ir.Model) -> SparseGraph:
     zeros = max(zero_blocks(model).values(), default=0.0)
     most = max(zeros, *float_zeros(model).values(), 0.0)
     floats = to_sparse_floats(model)

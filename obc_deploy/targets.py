@@ -53,6 +53,15 @@ class EightBit(Enum):
     """E4M3 floats: weights are rounded to them from the solver's grid."""
 
 
+class Processor(Enum):
+    """Processors on which operators' costs were measured."""
+
+    CASCADE_LAKE = "cascade-lake"
+    """Intel Xeon, AVX-512 VNNI; the nearest to other Intel processors too."""
+    ZEN_4 = "zen-4"
+    """AMD EPYC and Ryzen, AVX-512 VNNI; the nearest to other AMD processors too."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Which operators besides convolutions and linears run on int8 activations.
@@ -113,6 +122,8 @@ class Target:
         precision: what computes where nothing is quantized.
         measured: there are sessions and measurements of it here; else its files are only written
             and checked.
+        processor: whose costs decide between dense and sparse operators; None: the one that this
+            machine's is most like.
     """
 
     name: str
@@ -131,6 +142,7 @@ class Target:
     skips_from: float = 0.0
     precision: Precision = Precision.FLOAT32
     measured: bool = True
+    processor: Processor | None = None
 
 
 _ALL_INTEGER = frozenset(

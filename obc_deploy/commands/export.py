@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ from obc_deploy.commands.engine import (
 from obc_deploy.commands.output import Output, Stage
 from obc_deploy.commands.two_of_four import two_of_four
 from obc_deploy.errors import ArtifactError, ExportError, RuntimeFailedError
-from obc_deploy.targets import TARGETS, EightBit, Target, as_target
+from obc_deploy.targets import TARGETS, EightBit, Processor, Target, as_target
 
 if TYPE_CHECKING:
     from obc_deploy.artifacts import Artifact
@@ -76,6 +77,15 @@ def export(
         bool,
         typer.Option("--no-check", help="Do not compare the file's outputs with PyTorch's."),
     ] = False,
+    processor: Annotated[
+        Processor | None,
+        typer.Option(
+            "--processor",
+            help="Processor that it ships to, or the most like it: it decides which layers run on "
+            "sparse kernels (--target ort-sparse).",
+            show_default="this machine's kind",
+        ),
+    ] = None,
     precision: Annotated[
         PrecisionName | None,
         typer.Option(
@@ -170,11 +180,12 @@ def export(
             raise ExportError(
                 f"'{run}' keeps its own batch size; leave out --dynamic-batch and --batch-size"
             )
-        _rewrite(out, run, as_target(target or "ort-sparse"), output, check=not no_check)
+        goal = with_processor(as_target(target or "ort-sparse"), processor)
+        _rewrite(out, run, goal, output, check=not no_check)
         return
     manifest = read_manifest(run)
     goal = as_target(target or manifest.settings.target or "onnxruntime")
-    goal = with_precision(goal, precision, fp8=fp8)
+    goal = with_processor(with_precision(goal, precision, fp8=fp8), processor)
     request.check(goal, dynamic_batch)
     file = output or artifact_file(run, goal)
     with out.working() as say:
@@ -219,6 +230,22 @@ def export(
             **built,
         }
     )
+
+
+def with_processor(goal: Target, processor: Processor | None) -> Target:
+    """The target with the processor that was asked for.
+
+    Raises:
+        ExportError: the target has no choice between kernels.
+    """
+    if processor is None:
+        return goal
+    if not goal.sparse_operators:
+        raise ExportError(
+            f"--processor {processor.value} is for --target ort-sparse; files for '{goal.name}' "
+            "are the same for all processors"
+        )
+    return replace(goal, processor=processor)
 
 
 def _smaller(found: int, dense: int) -> str:

@@ -26,16 +26,16 @@ from typer.testing import CliRunner
 from obc_deploy.cli import app
 from obc_deploy.compression import compress
 from obc_deploy.errors import ExportError, RuntimeFailedError, RuntimeMissingError
-from obc_deploy.exporters import blocked_layout, parity, sparse_cost, sparse_linear
+from obc_deploy.exporters import blocked_layout, operator_costs, parity, sparse_linear
 from obc_deploy.exporters.cheapest_forms import Choice, Passing, cheapest_forms
-from obc_deploy.exporters.operator_costs import CASCADE_LAKE, ZEN_4
+from obc_deploy.exporters.operator_costs import COSTS, costs_of, deciding_costs, processor_here
 from obc_deploy.exporters.rewritten_file import rewrite_onnx
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.exporters.sparse_cost import COUNTS, Work, nanoseconds
 from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Expectation, audit_artifact, count_accelerated
 from obc_deploy.runtimes.session import open_session
-from obc_deploy.targets import ORT_SPARSE, TARGETS
+from obc_deploy.targets import ORT_SPARSE, TARGETS, Processor
 
 QOPERATOR, SPARSE = "onnxruntime-qoperator", "ort-sparse"
 pytestmark = pytest.mark.skipif(
@@ -331,6 +331,36 @@ def test_without_the_library(exported, tmp_path, everywhere, monkeypatch):
     assert SPARSE not in working_targets()
 
 
+def test_the_processor_that_is_named_decides(compressed, tmp_path, monkeypatch):
+    """Were dense operators slow on one of them, tiny layers would become sparse for that one."""
+    slow = {
+        name: {
+            count: cost if "Sparse" in name or "Blocks" in name else 1000 * cost
+            for count, cost in counts.items()
+        }
+        for name, counts in operator_costs.CASCADE_LAKE.items()
+    }
+    costs = {Processor.CASCADE_LAKE: slow, Processor.ZEN_4: operator_costs.ZEN_4}
+    monkeypatch.setattr(operator_costs, "COSTS", costs)
+    model = blocks(compressed, Residual, 0.8)
+    plain = model.export(tmp_path, target=QOPERATOR, check=False).path
+    answers = {
+        name: CliRunner().invoke(
+            app, ["export", str(plain), "-o", str(tmp_path / f"{name}.onnx"), "--processor", name]
+        )
+        for name in ("cascade-lake", "zen-4")
+    }
+    assert answers["cascade-lake"].exit_code == 0, answers["cascade-lake"].output
+    assert operators(tmp_path / "cascade-lake.onnx")["SparseConvolution"]
+    assert answers["zen-4"].exit_code == 2
+    assert "gets faster by its zeros" in answers["zen-4"].output
+    refused = CliRunner().invoke(
+        app, ["export", str(plain), "-t", "onnxruntime", "--processor", "zen-4"]
+    )
+    assert refused.exit_code == 2
+    assert "--processor zen-4 is for --target ort-sparse" in " ".join(refused.output.split())
+
+
 @pytest.mark.parametrize(("source", "dynamic"), [(QOPERATOR, False), ("onnxruntime", True)])
 def test_an_onnx_file_from_elsewhere(compressed, tmp_path, everywhere, source, dynamic):
     model = blocks(compressed, Residual, 0.8)
@@ -474,11 +504,11 @@ def test_the_cheapest_forms_are_the_cheapest(data):
     assert total(choices, passed, cheapest_forms(choices, passed)) == least
 
 
-@pytest.mark.parametrize("costs", [CASCADE_LAKE, ZEN_4], ids=["cascade-lake", "zen-4"])
-def test_costs_grow_with_what_is_stored(costs, monkeypatch):
+@pytest.mark.parametrize("processor", Processor)
+def test_costs_grow_with_what_is_stored(processor):
+    costs = COSTS[processor]
     assert set(costs) == set(COUNTS)
     assert all(set(counts) <= set(COUNTS[name]) for name, counts in costs.items())
-    monkeypatch.setattr(sparse_cost, "costs_here", lambda: costs)
 
     def cost(zeros):
         work = Work.of_convolution(
@@ -490,9 +520,21 @@ def test_costs_grow_with_what_is_stored(costs, monkeypatch):
         }  # fmt: skip
         return nanoseconds("SparseConvolution", work), nanoseconds("QLinearConv", work)
 
-    levels = [cost(zeros) for zeros in (0.0, 0.5, 0.8, 0.9)]
+    with costs_of(processor):
+        levels = [cost(zeros) for zeros in (0.0, 0.5, 0.8, 0.9)]
     assert all(a[0] > b[0] and a[1] == b[1] for a, b in itertools.pairwise(levels))
     assert levels[-1][0] < levels[-1][1]
+
+
+def test_costs_are_this_machines_where_no_other_is_named():
+    assert deciding_costs() is COSTS[processor_here()]
+    with costs_of(Processor.CASCADE_LAKE):
+        assert deciding_costs() is COSTS[Processor.CASCADE_LAKE]
+        with costs_of(Processor.ZEN_4):
+            assert deciding_costs() is COSTS[Processor.ZEN_4]
+        with costs_of(None):
+            assert deciding_costs() is COSTS[processor_here()]
+        assert deciding_costs() is COSTS[Processor.CASCADE_LAKE]
 
 
 @pytest.mark.parametrize("kind", [Residual, Concatenation])
