@@ -14,7 +14,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <utility>
 #include <vector>
 
 namespace obc {
@@ -305,8 +304,8 @@ private:
     void place_tiles();
     void place_flat(int64_t tile, const std::vector<int64_t>& starts, TilePlace& place);
     void place_subtiles(int64_t tile, TilePlace& place);
-    void find_lines(TilePlace& place);
-    LinesAhead add_lines(const BlockedShape& tensor, std::vector<std::pair<int64_t, int64_t>> runs);
+    LinesAhead add_lines(const BlockedShape& tensor, const TilePlace& place, int64_t PixelRun::*run_start,
+                         const int64_t* lane_start);
     void own_border(int64_t image, int64_t y, int64_t first_x, int64_t last_x);
     void order_blocks(const BlockWeights& weights, const std::vector<Band>& bands);
     void add_row(const BlockWeights& weights, const Band& band, const std::vector<int32_t>& blocks, int64_t group);
@@ -315,6 +314,7 @@ private:
 constexpr double kLargestSum = 2048;  // of codes that fused multiply-adds come close enough to
 constexpr int kOffsetBytes = 4;
 constexpr int kAlignment = 64;
+constexpr int64_t kLineBytes = 64;  // of the caches, on all processors of interest
 
 }  // namespace sparse
 }  // namespace obc

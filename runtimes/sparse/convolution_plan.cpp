@@ -63,10 +63,9 @@ bool is_flat(const ConvolutionShape& shape) {
            shape.left == 0 && shape.bottom == 0 && shape.right == 0;
 }
 
-// Of the first cache, whose lines are 64 bytes: what a set holds at least, on all processors of interest.
+// Of the first cache: what a set holds at least, on all processors of interest.
 constexpr int kCacheSets = 64;
 constexpr int kCacheWays = 8;
-constexpr int64_t kLineBytes = 64;
 
 // Whether the vectors of a tile may be loaded from the tensor itself: where they are whole lines. Planes
 // may be as far apart as to fall to the same few sets of the first cache; then a packed tile is faster.

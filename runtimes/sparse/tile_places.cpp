@@ -10,7 +10,6 @@ namespace sparse {
 // A tensor up to this size is still in the second cache, or in the third one, when the layer comes to it.
 // Lines of larger ones are asked for before they are needed.
 constexpr int64_t kNearBytes = 2 * 1024 * 1024;
-constexpr int64_t kLineBytes = 64;
 
 // The border of an image that belongs to the pixels first_x to last_x - 1 of its row y: what lies
 // before its first pixel, and after the row's end up to the next row's first pixel.
@@ -140,37 +139,29 @@ void ConvolutionPlan::place_subtiles(int64_t tile, TilePlace& place) {
     place.fours_residual = are_fours(place.residual, kernels_->lanes);
 }
 
-// `runs`: bytes from the tensor's start to their end, in its first block; they may overlap.
-LinesAhead ConvolutionPlan::add_lines(const BlockedShape& tensor, std::vector<std::pair<int64_t, int64_t>> runs) {
+// Of a tensor with the output's pixels; `run_start` and `lane_start` are its places.
+LinesAhead ConvolutionPlan::add_lines(const BlockedShape& tensor, const TilePlace& place,
+                                      int64_t PixelRun::*run_start, const int64_t* lane_start) {
     const int64_t first = static_cast<int64_t>(lines_.size());
     if (tensor.bytes() <= kNearBytes) return LinesAhead{first, 0};
+    std::vector<std::pair<int64_t, int64_t>> runs;  // bytes, from first to last; they may overlap
+    for (int64_t r = 0; r < place.pixel_runs; ++r) {
+        const PixelRun& run = pixel_runs_[static_cast<size_t>(place.first_pixel_run + r)];
+        runs.emplace_back(run.*run_start, run.*run_start + int64_t{run.pixels} * kBlock);
+    }
+    const TileShape& shape = kernels_->shapes[tile_];
+    for (int lane = 0; lane < place.present; ++lane) {
+        for (int64_t row = 0; row < shape.rows; ++row) {
+            const int64_t begin = lane_start[lane] + row * tensor.row_bytes();
+            runs.emplace_back(begin, begin + int64_t{shape.columns} * kBlock);
+        }
+    }
     std::sort(runs.begin(), runs.end());
     int64_t next = runs.front().first;
     for (const auto& [begin, end] : runs) {
         for (next = std::max(begin, next); next < end; next += kLineBytes) lines_.push_back(next);
     }
     return LinesAhead{first, static_cast<int64_t>(lines_.size()) - first};
-}
-
-void ConvolutionPlan::find_lines(TilePlace& place) {
-    std::vector<std::pair<int64_t, int64_t>> output, residual;
-    const auto add = [](std::vector<std::pair<int64_t, int64_t>>& runs, int64_t begin, int64_t pixels) {
-        runs.emplace_back(begin, begin + pixels * kBlock);
-    };
-    for (int64_t r = 0; r < place.pixel_runs; ++r) {
-        const PixelRun& run = pixel_runs_[static_cast<size_t>(place.first_pixel_run + r)];
-        add(output, run.output, run.pixels);
-        add(residual, run.residual, run.pixels);
-    }
-    const TileShape& shape = kernels_->shapes[tile_];
-    for (int lane = 0; lane < place.present; ++lane) {
-        for (int64_t row = 0; row < shape.rows; ++row) {
-            add(output, place.output[lane] + row * output_.row_bytes(), shape.columns);
-            add(residual, place.residual[lane] + row * residual_shape_.row_bytes(), shape.columns);
-        }
-    }
-    place.output_lines = add_lines(output_, std::move(output));
-    if (residual_.present) place.residual_lines = add_lines(residual_shape_, std::move(residual));
 }
 
 void ConvolutionPlan::place_tiles() {
@@ -187,7 +178,10 @@ void ConvolutionPlan::place_tiles() {
         } else {
             place_subtiles(tile, place);
         }
-        find_lines(place);
+        place.output_lines = add_lines(output_, place, &PixelRun::output, place.output);
+        if (residual_.present) {
+            place.residual_lines = add_lines(residual_shape_, place, &PixelRun::residual, place.residual);
+        }
         place.border_runs = static_cast<int64_t>(border_runs_.size()) - place.first_border_run;
     }
 }

@@ -257,6 +257,17 @@ def test_neighbours_of_one_tensor_may_lie_apart_in_another(size, borders, instru
     )  # fmt: skip
 
 
+def check_with_and_without_residual(kernel, stride, image, outputs, density, instructions, threads):
+    """A square kernel whose padding keeps the size, but for the stride."""
+    how = Quantized(0.03, 3, 0.05, 7, one_weight_scale=False, with_bias=True)
+    where = Windows((kernel, kernel), (stride, stride), (kernel // 2,) * 4)
+    borders = (kernel // 2, 1, 0)
+    check_convolution(where, image, outputs, borders[:2], density, how, instructions, threads)
+    check_residual(
+        where, image, outputs, borders, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
+    )
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("instructions", instruction_sets() or ["portable"])
 @pytest.mark.parametrize(
@@ -266,14 +277,8 @@ def test_neighbours_of_one_tensor_may_lie_apart_in_another(size, borders, instru
 def test_few_tiles_are_shared_out_by_output_channels(
     kernel, size, channels, outputs, instructions, threads
 ):
-    how = Quantized(0.03, 3, 0.05, 7, one_weight_scale=False, with_bias=True)
-    where = Windows((kernel, kernel), (1, 1), (kernel // 2,) * 4)
     image = Image(1, channels, size, size, 0)
-    borders = (kernel // 2, 1, 0)
-    check_convolution(where, image, outputs, borders[:2], 0.4, how, instructions, threads)
-    check_residual(
-        where, image, outputs, borders, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
-    )
+    check_with_and_without_residual(kernel, 1, image, outputs, 0.4, instructions, threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -286,14 +291,8 @@ def test_tensors_far_beyond_the_caches_equal_the_separate_operators(
     kernel, stride, size, outputs, instructions, threads
 ):
     """Their lines are asked for ahead of time; all of them are larger than 2 MiB."""
-    how = Quantized(0.03, 3, 0.05, 7, one_weight_scale=False, with_bias=True)
-    where = Windows((kernel, kernel), (stride, stride), (kernel // 2,) * 4)
     image = Image(1, 16, size, size, 0)
-    borders = (kernel // 2, 1, 0)
-    check_convolution(where, image, outputs, borders[:2], 0.2, how, instructions, threads)
-    check_residual(
-        where, image, outputs, borders, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
-    )
+    check_with_and_without_residual(kernel, stride, image, outputs, 0.2, instructions, threads)
 
 
 @QUICK
