@@ -110,6 +110,18 @@ struct CodeRange {
     int32_t upper;
 };
 
+// What a range spares.
+enum class CodesAre {
+    kAny,
+    kWhole,          // all that a byte can be: no bounds
+    kWholeFromZero,  // and the zero point is 0
+};
+
+inline CodesAre codes_of(const CodeRange& range) {
+    if (range.lower > 0 || range.upper < 255) return CodesAre::kAny;
+    return range.zero_point == 0 ? CodesAre::kWholeFromZero : CodesAre::kWhole;
+}
+
 struct BlockedTensors {
     const uint8_t* input;
     const uint8_t* residual;  // with the output's shape but its own border; null without
@@ -234,7 +246,6 @@ struct BandRows {
 struct ScratchLayout {
     int64_t sums;
     int64_t bytes;
-    int64_t spare;
     int64_t pixels;
     int64_t residual;
     int64_t bytes_in_all;

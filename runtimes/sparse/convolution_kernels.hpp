@@ -23,8 +23,8 @@ static constexpr Accumulate kernel() {
 }
 #define OBC_ENDINGS(...)                                                                            \
     {kernel<__VA_ARGS__, Ending::kSums>(), kernel<__VA_ARGS__, Ending::kExact>(),                   \
-     kernel<__VA_ARGS__, Ending::kBounded>(), kernel<__VA_ARGS__, Ending::kRectified>(),            \
-     kernel<__VA_ARGS__, Ending::kRectifiedWholeRange>()},
+     kernel<__VA_ARGS__, Ending::kBounded>(), kernel<__VA_ARGS__, Ending::kBoundedWhole>(),         \
+     kernel<__VA_ARGS__, Ending::kRectified>(), kernel<__VA_ARGS__, Ending::kRectifiedWhole>()},
 #define OBC_BANDS(...) {OBC_ENDINGS(__VA_ARGS__, 1) OBC_ENDINGS(__VA_ARGS__, 2) OBC_ENDINGS(__VA_ARGS__, 4)},
 #define OBC_WHOLE(rows, columns) OBC_BANDS(rows, columns, false)
 #define OBC_HALVED(rows, columns) OBC_BANDS(rows, columns, true)

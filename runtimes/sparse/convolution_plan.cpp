@@ -303,8 +303,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     };
     if (!in_place_) reserve(widest * position_rows_ * position_columns_ * kernels.lanes * kernels.pixel_bytes);
     scratch_.sums = reserve(groups() == 1 ? 0 : out_channels * pixels * kernels.sum_bytes);
-    scratch_.bytes = reserve(std::min(chunk_, out_channels) * channel_bytes);
-    scratch_.spare = reserve(channel_bytes);
+    scratch_.bytes = reserve(std::min(chunk_, ceil_divide(out_channels, kBlock) * kBlock) * channel_bytes);
     scratch_.pixels = reserve(channel_bytes * kBlock);
     scratch_.residual = reserve(residual.present ? channel_bytes * kBlock : 0);
     scratch_.bytes_in_all = bytes + kAlignment;

@@ -125,19 +125,22 @@ struct Arithmetic {
               upper(_mm512_set1_epi8(static_cast<char>(range.upper))) {}
     };
     // Codes of four vectors: in each 16 bytes four of a, four of b, four of c, four of d.
-    template <bool kWholeRange>
+    template <CodesAre kCodes>
     static OBC_INLINE Packed narrowed(Integers a, Integers b, Integers c, Integers d, const Bounds& bounds) {
-        const __m512i ab = _mm512_packs_epi32(a, b);
-        const __m512i cd = _mm512_packs_epi32(c, d);
-        if (kWholeRange) return _mm512_packus_epi16(ab, cd);
-        const Packed moved =
-            _mm512_packus_epi16(_mm512_adds_epi16(ab, bounds.zero_point), _mm512_adds_epi16(cd, bounds.zero_point));
-        return _mm512_min_epu8(_mm512_max_epu8(moved, bounds.lower), bounds.upper);
+        __m512i ab = _mm512_packs_epi32(a, b);
+        __m512i cd = _mm512_packs_epi32(c, d);
+        if (kCodes != CodesAre::kWholeFromZero) {
+            ab = _mm512_adds_epi16(ab, bounds.zero_point);
+            cd = _mm512_adds_epi16(cd, bounds.zero_point);
+        }
+        const Packed codes = _mm512_packus_epi16(ab, cd);
+        if (kCodes != CodesAre::kAny) return codes;
+        return _mm512_min_epu8(_mm512_max_epu8(codes, bounds.lower), bounds.upper);
     }
-    // Four vectors of pixels of the codes that `narrowed` left of four channels.
-    static OBC_INLINE void interleave(const uint8_t* const* channels, Packed* pixels) {
-        const Packed a = load(channels[0]), b = load(channels[1]);
-        const Packed c = load(channels[2]), d = load(channels[3]);
+    // Four vectors of pixels of the codes that `narrowed` left of four channels, `channel_bytes` apart.
+    static OBC_INLINE void interleave(const uint8_t* codes, int64_t channel_bytes, Packed* pixels) {
+        const Packed a = load(codes), b = load(codes + channel_bytes);
+        const Packed c = load(codes + 2 * channel_bytes), d = load(codes + 3 * channel_bytes);
         const Packed ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
         const Packed cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
         pixels[0] = _mm512_unpacklo_epi16(ab_low, cd_low);
@@ -152,8 +155,9 @@ struct Arithmetic {
         const __m512i bytes = _mm512_set4_epi32(order + 12, order + 8, order + 4, order);
         return floats(_mm512_shuffle_epi8(pixels, bytes));
     }
+    template <CodesAre kCodes>
     static OBC_INLINE Packed pixels(const Integers* channels, const Bounds& bounds) {
-        const Packed by_channel = narrowed<false>(channels[0], channels[1], channels[2], channels[3], bounds);
+        const Packed by_channel = narrowed<kCodes>(channels[0], channels[1], channels[2], channels[3], bounds);
         return _mm512_shuffle_epi8(by_channel, _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400));
     }
     static OBC_INLINE Packed load(const uint8_t* from) { return _mm512_loadu_si512(from); }

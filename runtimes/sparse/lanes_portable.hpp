@@ -122,7 +122,7 @@ struct Arithmetic {
         return static_cast<uint8_t>(raised > bounds.upper ? bounds.upper : raised);
     }
     // Codes of four vectors, one after the other.
-    template <bool>
+    template <CodesAre>
     static Packed narrowed(const Integers& a, const Integers& b, const Integers& c, const Integers& d,
                            const Bounds& bounds) {
         Packed result;
@@ -134,11 +134,11 @@ struct Arithmetic {
         }
         return result;
     }
-    // Four vectors of pixels of the codes that `narrowed` left of four channels.
-    static void interleave(const uint8_t* const* channels, Packed* pixels) {
+    // Four vectors of pixels of the codes that `narrowed` left of four channels, `channel_bytes` apart.
+    static void interleave(const uint8_t* from, int64_t channel_bytes, Packed* pixels) {
         for (int pixel = 0; pixel < 4 * Codes::kLanes; ++pixel) {
             uint8_t* const codes = pixels[pixel / Codes::kLanes].code + pixel % Codes::kLanes * kBlock;
-            for (int channel = 0; channel < kBlock; ++channel) codes[channel] = channels[channel][pixel];
+            for (int channel = 0; channel < kBlock; ++channel) codes[channel] = from[channel * channel_bytes + pixel];
         }
     }
     // One channel of a vector of pixels, and back from all four.
@@ -147,6 +147,7 @@ struct Arithmetic {
         for (int i = 0; i < Codes::kLanes; ++i) result.lane[i] = pixels.code[i * kBlock + channel];
         return result;
     }
+    template <CodesAre>
     static Packed pixels(const Integers* channels, const Bounds& bounds) {
         Packed result;
         for (int i = 0; i < Codes::kLanes; ++i) {

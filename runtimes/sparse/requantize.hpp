@@ -8,15 +8,22 @@ constexpr float kBeyondCodes = 65536.0f;
 
 // What becomes of sums: they are kept for the next group of input blocks, or made codes in the shortest
 // way that SumsAre allows.
-enum class Ending { kSums, kExact, kBounded, kRectified, kRectifiedWholeRange };
-constexpr int kEndings = 5;
+enum class Ending { kSums, kExact, kBounded, kBoundedWhole, kRectified, kRectifiedWhole };
+constexpr int kEndings = 6;
+
+constexpr CodesAre codes_of(Ending ending) {
+    return ending == Ending::kRectifiedWhole ? CodesAre::kWholeFromZero
+           : ending == Ending::kBoundedWhole ? CodesAre::kWhole
+                                             : CodesAre::kAny;
+}
 
 // The sums of one output channel, a vector each, to bytes: four vectors in the place of one.
 template <int kVectors, Ending kEnding>
 static OBC_INLINE void requantize(const Lanes::Sums* sums, float channel_multiplier, const Arithmetic::Bounds& bounds,
                                   uint8_t* codes) {
-    constexpr bool kRectified = kEnding == Ending::kRectified || kEnding == Ending::kRectifiedWholeRange;
-    constexpr bool kWholeRange = kEnding == Ending::kRectifiedWholeRange;
+    constexpr bool kRectified = kEnding == Ending::kRectified || kEnding == Ending::kRectifiedWhole;
+    constexpr bool kBounded = kEnding == Ending::kBounded || kEnding == Ending::kBoundedWhole;
+    constexpr CodesAre kCodes = codes_of(kEnding);
     const Arithmetic::Floats most = Arithmetic::all(kBeyondCodes);
     const Arithmetic::Floats multiplier = Arithmetic::all(channel_multiplier);
     const Arithmetic::Floats offset = Arithmetic::all(channel_multiplier * -8388608.0f);
@@ -35,9 +42,9 @@ static OBC_INLINE void requantize(const Lanes::Sums* sums, float channel_multipl
                 continue;
             }
             const Arithmetic::Floats product = Arithmetic::product(Arithmetic::floats(whole), multiplier);
-            value[v] = Arithmetic::rounded(kEnding == Ending::kBounded ? product : Arithmetic::at_most(product, most));
+            value[v] = Arithmetic::rounded(kBounded ? product : Arithmetic::at_most(product, most));
         }
-        Arithmetic::store(codes, Arithmetic::narrowed<kWholeRange>(value[0], value[1], value[2], value[3], bounds));
+        Arithmetic::store(codes, Arithmetic::narrowed<kCodes>(value[0], value[1], value[2], value[3], bounds));
     }
 }
 
@@ -95,24 +102,32 @@ struct QuantizedAdd {
     }
 };
 
-// Adds the residual's codes to the convolution's, `vectors` vectors of pixels.
-static void add_residual(const QuantizedAdd& how, int vectors, const uint8_t* other, uint8_t* codes) {
-    const QuantizedAdd add = how;  // in registers: what is behind a reference any store of codes could change
-    constexpr int kBytes = Lanes::kPixels * kBlock;
-    for (int v = 0; v < vectors; ++v, codes += kBytes, other += kBytes) {
-        const Arithmetic::Packed own_pixels = Arithmetic::load(codes);
-        const Arithmetic::Packed other_pixels = Arithmetic::load(other);
+// What becomes of a vector of the convolution's pixels before it is stored: nothing...
+struct AsTheyAre {
+    static constexpr bool kReadsResidual = false;
+
+    OBC_INLINE Arithmetic::Packed operator()(Arithmetic::Packed own, const uint8_t*, int64_t) const { return own; }
+};
+
+// ... or the residual's are added to it.
+template <CodesAre kCodes>
+struct WithResidual {
+    static constexpr bool kReadsResidual = true;
+    QuantizedAdd add;
+
+    OBC_INLINE Arithmetic::Packed operator()(Arithmetic::Packed own, const uint8_t* residual, int64_t offset) const {
+        const Arithmetic::Packed other = Arithmetic::load(residual + offset);
         Arithmetic::Integers value[kBlock];
         Arithmetic::Floats away = Arithmetic::all(0.0f);
 #pragma GCC unroll 4
         for (int c = 0; c < kBlock; ++c) {
-            const Arithmetic::Floats about = add.about(own_pixels, other_pixels, c);
+            const Arithmetic::Floats about = add.about(own, other, c);
             value[c] = Arithmetic::rounded(about);
             away = Arithmetic::farther(away, Arithmetic::away(about, value[c]));
         }
         if (!add.close || Arithmetic::any_above(away, add.near_half)) {
-            for (int c = 0; c < kBlock; ++c) value[c] = add.step_by_step(own_pixels, other_pixels, c);
+            for (int c = 0; c < kBlock; ++c) value[c] = add.step_by_step(own, other, c);
         }
-        Arithmetic::store(codes, Arithmetic::pixels(value, add.bounds));
+        return Arithmetic::pixels<kCodes>(value, add.bounds);
     }
-}
+};

@@ -2,13 +2,14 @@
 
 static Ending ending_of(const ConvolutionPlan& plan) {
     if (plan.sums_ == SumsAre::kAny) return Ending::kExact;
-    if (plan.sums_ == SumsAre::kBounded) return Ending::kBounded;
-    const bool whole = plan.range_.zero_point == 0 && plan.range_.lower == 0 && plan.range_.upper == 255;
-    return whole ? Ending::kRectifiedWholeRange : Ending::kRectified;
+    const CodesAre codes = codes_of(plan.range_);
+    if (plan.sums_ == SumsAre::kBounded) return codes == CodesAre::kAny ? Ending::kBounded : Ending::kBoundedWhole;
+    return codes == CodesAre::kWholeFromZero ? Ending::kRectifiedWhole : Ending::kRectified;
 }
 
-static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& tensors, int64_t first,
-                            int64_t last, void* scratch_memory) {
+template <class Finish>
+static void run_units(const ConvolutionPlan& plan, const BlockedTensors& tensors, int64_t first, int64_t last,
+                      void* scratch_memory, const Finish& finish) {
     const TileShape& shape = kTileShapes[plan.tile_];
     uint8_t* const memory = static_cast<uint8_t*>(scratch_memory) +
                             (kAlignment - reinterpret_cast<uintptr_t>(scratch_memory) % kAlignment) % kAlignment;
@@ -16,14 +17,11 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
     const Scratch scratch = {memory,
                              reinterpret_cast<int32_t*>(memory + layout.sums),
                              memory + layout.bytes,
-                             memory + layout.spare,
                              memory + layout.pixels,
                              memory + layout.residual};
-    __builtin_memset(scratch.spare, plan.range_.zero_point, static_cast<size_t>(layout.pixels - layout.spare));
     const int ending = static_cast<int>(ending_of(plan));
     const int64_t groups = plan.groups();
     const Arithmetic::Bounds bounds(plan.range_);
-    const QuantizedAdd add(plan.residual_, plan.range_.zero_point);
     RowsOfBlocks work = {};
     work.tile = scratch.tile;
     work.pitch = plan.position_columns_ * Lanes::kPixels * Lanes::kPixelBytes;
@@ -65,8 +63,21 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
                     kAccumulate[plan.tile_][size][last_group ? ending : static_cast<int>(Ending::kSums)](work);
                 }
                 if (!last_group) continue;
-                write_chunk(plan, tensors, place, scratch, shape, add, channel, after);
+                write_chunk(plan, tensors, place, scratch, shape, finish, channel, after);
             }
         }
+    }
+}
+
+static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& tensors, int64_t first, int64_t last,
+                            void* scratch) {
+    const ResidualAdd& residual = plan.residual_;
+    if (!residual.present) return run_units(plan, tensors, first, last, scratch, AsTheyAre());
+    const QuantizedAdd add(residual, plan.range_.zero_point);
+    const CodeRange range = {residual.zero_point, residual.lower, residual.upper};
+    if (codes_of(range) == CodesAre::kWholeFromZero) {
+        run_units(plan, tensors, first, last, scratch, WithResidual<CodesAre::kWholeFromZero>{add});
+    } else {
+        run_units(plan, tensors, first, last, scratch, WithResidual<CodesAre::kAny>{add});
     }
 }

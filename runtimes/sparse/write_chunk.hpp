@@ -4,7 +4,6 @@ struct Scratch {
     uint8_t* tile;      // packed activations of a group of input blocks
     int32_t* sums;      // of all output channels, where there is more than one group
     uint8_t* bytes;     // codes of the output channels of a chunk, channel by channel
-    uint8_t* spare;     // codes of a channel that does not exist
     uint8_t* pixels;    // codes of four output channels, pixel by pixel
     uint8_t* residual;  // and of the residual's
 };
@@ -53,40 +52,45 @@ static void write_codes(const ConvolutionPlan& plan, const BlockedTensors& tenso
     }
 }
 
-// The codes of four channels, a channel's vectors one after the other, to neighbouring pixels.
-static void interleave_pixels(const uint8_t* const* channels, uint8_t* to, int64_t pixels) {
-    const uint8_t* from[kBlock] = {channels[0], channels[1], channels[2], channels[3]};
-    while (pixels > 0) {
-        Arithmetic::Packed four[4];
-        Arithmetic::interleave(from, four);
-        for (const uint8_t*& channel : from) channel += 4 * Lanes::kPixels;
+// The codes of a block's four channels, a channel's vectors one after the other, to neighbouring pixels.
+template <class Finish>
+static OBC_INLINE void interleave_pixels(const uint8_t* codes, int64_t channel_bytes, int64_t pixels,
+                                         const Finish& finish, const uint8_t* residual, uint8_t* to) {
+    constexpr int64_t kVectorBytes = Lanes::kPixels * kBlock;
+    int64_t at = 0;
+    Arithmetic::Packed four[4];
+    for (; pixels >= 4 * Lanes::kPixels; pixels -= 4 * Lanes::kPixels, codes += 4 * Lanes::kPixels) {
+        Arithmetic::interleave(codes, channel_bytes, four);
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-            if (pixels < Lanes::kPixels) {
-                if (pixels > 0) Arithmetic::store_first(to, four[v], pixels);
-                return;
-            }
-            Arithmetic::store(to, four[v]);
-            to += Lanes::kPixels * kBlock;
-            pixels -= Lanes::kPixels;
-        }
+        for (int v = 0; v < 4; ++v, at += kVectorBytes) Arithmetic::store(to + at, finish(four[v], residual, at));
     }
+    if (pixels == 0) return;
+    Arithmetic::interleave(codes, channel_bytes, four);
+#pragma GCC unroll 3
+    for (int v = 0; v < 3 && pixels >= Lanes::kPixels; ++v, at += kVectorBytes, pixels -= Lanes::kPixels) {
+        Arithmetic::store(to + at, finish(four[v], residual, at));
+        four[0] = four[v + 1];
+    }
+    if (pixels > 0) Arithmetic::store_first(to + at, four[0], pixels);
 }
 
-// The same without the first `skipped` vectors, all whole; `to` is for the one after them.
-static void interleave_after(const uint8_t* const* channels, int64_t skipped, uint8_t* to, int64_t pixels) {
-    const uint8_t* from[kBlock];
-    for (int c = 0; c < kBlock; ++c) from[c] = channels[c] + skipped / 4 * 4 * Lanes::kPixels;
+// The same without the first `skipped` vectors, all whole; `to` and `residual` are for the one after them.
+template <class Finish>
+static void interleave_after(const uint8_t* codes, int64_t channel_bytes, int64_t skipped, int64_t pixels,
+                             const Finish& finish, const uint8_t* residual, uint8_t* to) {
+    constexpr int64_t kVectorBytes = Lanes::kPixels * kBlock;
+    codes += skipped / 4 * 4 * Lanes::kPixels;
+    int64_t at = 0;
     if (skipped % 4 != 0) {
         Arithmetic::Packed four[4];
-        Arithmetic::interleave(from, four);
+        Arithmetic::interleave(codes, channel_bytes, four);
         for (int64_t v = skipped % 4; v < 4 && pixels >= Lanes::kPixels; ++v, pixels -= Lanes::kPixels) {
-            Arithmetic::store(to, four[v]);
-            to += Lanes::kPixels * kBlock;
+            Arithmetic::store(to + at, finish(four[v], residual, at));
+            at += kVectorBytes;
         }
-        for (const uint8_t*& channel : from) channel += 4 * Lanes::kPixels;
+        codes += 4 * Lanes::kPixels;
     }
-    interleave_pixels(from, to, pixels);
+    interleave_pixels(codes, channel_bytes, pixels, finish, residual + (Finish::kReadsResidual ? at : 0), to + at);
 }
 
 // Lanes of channels that do not exist get the zero point.
@@ -105,45 +109,74 @@ static bool is_straight(const ConvolutionPlan& plan, const Place& place) {
     return run.position % Lanes::kPixels == 0 && (!plan.residual_.present || run.pixels % Lanes::kPixels == 0);
 }
 
-// The codes of a chunk of output channels, from channel by channel to the output.
-static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
-                        const Scratch& scratch, const TileShape& shape, const QuantizedAdd& add, int64_t first,
-                        int64_t last) {
-    const int vectors = shape.rows * shape.columns;
-    const int64_t channel_bytes = (vectors + 3) / 4 * 4 * Lanes::kPixels;
-    const bool straight = is_straight(plan, place);
-    for (int64_t channel = first; channel < last; channel += kBlock) {
-        const uint8_t* channels[kBlock];
-        for (int64_t c = 0; c < kBlock; ++c) {
-            channels[c] = channel + c < last ? scratch.bytes + (channel + c - first) * channel_bytes : scratch.spare;
-        }
-        const int64_t block = channel / kBlock;
-        uint8_t* pixels = scratch.pixels;
-        int64_t count = vectors * Lanes::kPixels;
-        if (straight) {
-            const PixelRun& run = *place.pixel_runs;
-            pixels = tensors.output + block * plan.output_.plane_bytes() + run.output;
-            count = run.pixels;
-            if (run.position > 0) {
-                interleave_after(channels, run.position / Lanes::kPixels, pixels, count);
-            } else {
-                interleave_pixels(channels, pixels, count);
-            }
+// The codes of a chunk's blocks of output channels, to pixels that are neighbours in all tensors.
+template <class Finish>
+static void write_straight(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
+                           const uint8_t* codes, int64_t channel_bytes, const Finish& how, int64_t first,
+                           int64_t last) {
+    // By value, all of it: what is behind a reference any store of codes could change.
+    const Finish finish = how;
+    const PixelRun run = *place.pixel_runs;
+    const int64_t skipped = run.position / Lanes::kPixels;
+    const bool bordered = place.at.border_runs > 0;
+    const int64_t plane_bytes = plan.output_.plane_bytes();
+    const int64_t residual_plane_bytes = Finish::kReadsResidual ? plan.residual_shape_.plane_bytes() : 0;
+    const uint8_t* residual = tensors.residual;
+    if (Finish::kReadsResidual) residual += first * residual_plane_bytes + run.residual;
+    uint8_t* to = tensors.output + first * plane_bytes + run.output;
+    for (int64_t block = first; block < last; ++block) {
+        if (skipped > 0) {
+            interleave_after(codes, channel_bytes, skipped, run.pixels, finish, residual, to);
         } else {
-            interleave_pixels(channels, pixels, count);
+            interleave_pixels(codes, channel_bytes, run.pixels, finish, residual, to);
         }
-        if (plan.residual_.present) {
-            const uint8_t* other = scratch.residual;
-            if (straight) {
-                other = tensors.residual + block * plan.residual_shape_.plane_bytes() + place.pixel_runs->residual;
-            } else {
-                read_residual(plan, tensors, place, scratch, shape, block);
-            }
-            const int whole = static_cast<int>(count / Lanes::kPixels);
-            add_residual(add, whole, other, pixels);
-            if (channel + kBlock > last) clear_spare_channels(pixels, count, last - channel, plan.zero_point_);
+        if (bordered) fill_borders(plan, tensors, place, block);
+        codes += kBlock * channel_bytes;
+        residual += residual_plane_bytes;
+        to += plane_bytes;
+    }
+}
+
+// The same through memory in which pixels are in the order of the vectors.
+template <class Finish>
+static void write_apart(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
+                        const Scratch& scratch, const TileShape& shape, int64_t channel_bytes, const Finish& finish,
+                        int64_t first, int64_t last) {
+    const int64_t pixels = int64_t{shape.rows} * shape.columns * Lanes::kPixels;
+    const uint8_t* codes = scratch.bytes;
+    for (int64_t block = first; block < last; ++block, codes += kBlock * channel_bytes) {
+        if (Finish::kReadsResidual) read_residual(plan, tensors, place, scratch, shape, block);
+        interleave_pixels(codes, channel_bytes, pixels, finish, scratch.residual, scratch.pixels);
+        const int64_t present = plan.shape_.out_channels - block * kBlock;
+        if (Finish::kReadsResidual && present < kBlock) {
+            clear_spare_channels(scratch.pixels, pixels, present, plan.zero_point_);
         }
-        if (!straight) write_codes(plan, tensors, place, scratch, shape, block);
+        write_codes(plan, tensors, place, scratch, shape, block);
         fill_borders(plan, tensors, place, block);
+    }
+}
+
+// The codes of a chunk of output channels, from channel by channel to the output.
+template <class Finish>
+static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place,
+                        const Scratch& scratch, const TileShape& shape, const Finish& finish, int64_t first,
+                        int64_t last) {
+    const int64_t vectors = int64_t{shape.rows} * shape.columns;
+    const int64_t channel_bytes = (vectors + 3) / 4 * 4 * Lanes::kPixels;
+    const int64_t first_block = first / kBlock, last_block = (last + kBlock - 1) / kBlock;
+    const int64_t spare = last_block * kBlock - last;
+    if (spare > 0) {
+        __builtin_memset(scratch.bytes + (last - first) * channel_bytes, plan.range_.zero_point,
+                         static_cast<size_t>(spare * channel_bytes));
+    }
+    if (!is_straight(plan, place)) {
+        write_apart(plan, tensors, place, scratch, shape, channel_bytes, finish, first_block, last_block);
+        return;
+    }
+    write_straight(plan, tensors, place, scratch.bytes, channel_bytes, finish, first_block, last_block);
+    if (Finish::kReadsResidual && spare > 0) {
+        const PixelRun& run = *place.pixel_runs;
+        clear_spare_channels(tensors.output + (last_block - 1) * plan.output_.plane_bytes() + run.output, run.pixels,
+                             kBlock - spare, plan.zero_point_);
     }
 }
