@@ -137,12 +137,39 @@ static void pack_halved(const ConvolutionPlan& plan, const BlockedTensors& tenso
     }
 }
 
+// The same of pixels that are neighbours in the tensor too. Vectors are filled up with what comes after the last
+// pixel, where that is still the tensor's: nobody asks for those lanes' sums.
+static void pack_straight(const ConvolutionPlan& plan, const BlockedTensors& tensors, const PixelRun& run,
+                          uint8_t* wholes, uint8_t* halves, int64_t first, int64_t last) {
+    const int64_t half_pixels = Lanes::kPixels / 2;
+    const int64_t plane_bytes = plan.shape_.input.plane_bytes();
+    const bool halved = plan.kernels_->shapes[plan.tile_].halved;
+    const int64_t tile_pixels = (plan.position_columns_ - halved) * Lanes::kPixels;
+    const int64_t pixels = run.pixels < tile_pixels ? run.pixels : tile_pixels;
+    const int64_t rest = run.pixels - pixels;
+    const int64_t tensor_bytes = plan.shape_.input.bytes();
+    const int64_t filled = (pixels + Lanes::kPixels - 1) / Lanes::kPixels * Lanes::kPixels;
+    const int64_t filled_rest = rest > 0 ? half_pixels : 0;
+    const int64_t end = run.input + (filled + filled_rest) * kBlock;
+    for (int64_t block = first; block < last; ++block) {
+        const uint8_t* const from = tensors.input + block * plane_bytes + run.input;
+        const bool whole = block * plane_bytes + end <= tensor_bytes;
+        TilePixels::pack_run(wholes, from, whole ? filled : pixels);
+        if (rest > 0) TilePixels::pack_run(halves, from + tile_pixels * kBlock, whole ? filled_rest : rest);
+        wholes += tile_pixels * Lanes::kPixelBytes;
+        halves += half_pixels * Lanes::kPixelBytes;
+    }
+}
+
 // The input blocks first to last - 1.
 static void pack_group(const ConvolutionPlan& plan, const BlockedTensors& tensors, const Place& place, uint8_t* to,
                        uint8_t* halves, int64_t first, int64_t last) {
     const int64_t plane_bytes = plan.shape_.input.plane_bytes();
     const int64_t tile_bytes =
         plan.position_rows_ * plan.position_columns_ * Lanes::kPixels * Lanes::kPixelBytes;
+    if (plan.flat_ && plan.shape_.stride == 1 && place.at.pixel_runs == 1) {
+        return pack_straight(plan, tensors, *place.pixel_runs, to, halves, first, last);
+    }
     if (plan.kernels_->shapes[plan.tile_].halved) return pack_halved(plan, tensors, place, to, halves, first, last);
     for (int64_t block = first; block < last; ++block, to += tile_bytes) {
         if (!plan.flat_) {
