@@ -272,7 +272,7 @@ def check_with_and_without_residual(kernel, stride, image, outputs, density, ins
 @pytest.mark.parametrize("instructions", instruction_sets() or ["portable"])
 @pytest.mark.parametrize(
     ("kernel", "size", "channels", "outputs"),
-    [(1, 7, 600, 520), (1, 16, 512, 330), (3, 7, 256, 260), (3, 14, 160, 200)],
+    [(1, 7, 600, 520), (1, 14, 700, 90), (1, 16, 512, 330), (3, 7, 256, 260), (3, 14, 160, 200)],
 )
 def test_few_tiles_are_shared_out_by_output_channels(
     kernel, size, channels, outputs, instructions, threads
