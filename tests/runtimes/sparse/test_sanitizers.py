@@ -54,7 +54,7 @@ def test_nothing_reads_or_writes_beyond_its_memory(environment):
     tests = sorted(each.name for each in FOLDER.glob("test_*.py") if each != Path(__file__))
     assert len(tests) >= 7
     done = subprocess.run(
-        [sys.executable, "-c", TESTS_ALONE, "-qs", "--noconftest", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-c", TESTS_ALONE, "-qs", "--noconftest", "-pno:cacheprovider", *tests],
         cwd=FOLDER, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     report = (done.stdout + done.stderr)[-6000:]
