@@ -13,6 +13,9 @@ namespace {
 // What a block of a band takes, next to one of a single channel, as measured from the first cache.
 constexpr double kBlockCost[] = {0, 1.0, 1.5, 0, 2.8};
 
+// And its rows, beside those of single channels: their sums take the registers in several turns.
+constexpr double kTurnsCost = 1.5;
+
 double cost_of(const Band& band) { return kBlockCost[band.channels] * static_cast<double>(band.blocks.size()); }
 
 struct Merge {
@@ -38,7 +41,7 @@ void merge_twos(std::vector<Band>& bands, int32_t channels) {
             const Band &a = bands[one], &b = bands[other];
             if (a.channels != channels || b.channels != channels) continue;
             const double saved = cost_of(a) + cost_of(b) - cost_of(merged(a, b));
-            if (saved > 0) merges.push_back(Merge{saved, one, other});
+            if (saved > kTurnsCost) merges.push_back(Merge{saved, one, other});
         }
     }
     std::stable_sort(merges.begin(), merges.end(), [](const Merge& a, const Merge& b) { return a.saved > b.saved; });
