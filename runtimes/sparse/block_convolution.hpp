@@ -259,13 +259,14 @@ public:
                     const Requantization& requantization, const ResidualAdd& residual,
                     const ConvolutionKernels& kernels, const std::function<int64_t()>& threads);
 
-    // What threads take turns at: parts of tiles.
+    // What threads take turns at: units in a row, which are parts of tiles.
+    int64_t tasks() const { return tasks_; }
     int64_t units() const { return tiles_ * parts_; }
     // Of each thread, any alignment.
     size_t scratch_bytes() const { return static_cast<size_t>(scratch_.bytes_in_all); }
-    // Units first to last - 1. Units write disjoint bytes, in any order, at any time.
-    void run(const BlockedTensors& tensors, int64_t first, int64_t last, void* scratch) const {
-        kernels_->run(*this, tensors, first, last, scratch);
+    // Tasks write disjoint bytes, in any order, at any time.
+    void run(const BlockedTensors& tensors, int64_t task, void* scratch) const {
+        kernels_->run(*this, tensors, task * units() / tasks_, (task + 1) * units() / tasks_, scratch);
     }
 
     // What follows is read by the kernels.
@@ -277,6 +278,7 @@ public:
     bool in_place_;    // tiles are read where they are in the tensor, not packed
     int tile_;         // index of the tile's shape
     int64_t tiles_;
+    int64_t tasks_;
     int64_t parts_;    // of a tile: as many units, with a share of the chunks of output channels each
     int64_t down_;     // subtiles of an image
     int64_t across_;

@@ -31,6 +31,9 @@ constexpr double kOwnSecondCache = 48 * 1024;
 // With so many tiles no thread is left without work for long, and how many there are need not be known.
 constexpr int64_t kManyTiles = 64;
 
+// A task takes a while to begin. Of several, a thread that did not come in time to be counted finds work later.
+constexpr int64_t kTasksOfOneThread = 4;
+
 constexpr double kPageBytes = 4096;
 constexpr double kPagesAtHand = 60;
 
@@ -264,7 +267,13 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     flat_ = best.flat;
     in_place_ = best.in_place;
     tiles_ = best.tiles;
-    parts_ = best.tiles < kManyTiles ? parts_of(best, least, out_channels, threads()) : 1;
+    parts_ = 1;
+    tasks_ = tiles_;
+    if (tiles_ < kManyTiles) {
+        const int64_t known_threads = threads();
+        parts_ = parts_of(best, least, out_channels, known_threads);
+        tasks_ = known_threads == 1 ? std::min(units(), kTasksOfOneThread) : units();
+    }
     down_ = best.down;
     across_ = best.across;
     position_rows_ = best.position_rows;

@@ -92,9 +92,9 @@ class SparseConvolution {
         const uint8_t* residual = checked_residual(run, options_.output(x, blocks_.outputs));
         const std::shared_ptr<const ConvolutionPlan> plan = plan_for(x, run);
         const BlockedTensors tensors{run.input(0).read<uint8_t>(), residual, output.write<uint8_t>()};
-        run.parallel(plan->units(), [&](int64_t unit) {
+        run.parallel(plan->tasks(), [&](int64_t task) {
             const ScratchPool::Piece scratch = scratch_->borrow(plan->scratch_bytes());
-            plan->run(tensors, unit, unit + 1, scratch.as<void>());
+            plan->run(tensors, task, scratch.as<void>());
         });
     }
 
