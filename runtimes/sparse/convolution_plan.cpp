@@ -158,22 +158,27 @@ Cost cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometr
 }
 
 // Few tiles leave threads without work: then the output channels of each are shared out too, in as many parts
-// as end first by the estimate. Each part packs the tile for itself.
-int64_t parts_of(const Geometry& g, const Cost& cost, int64_t out_channels, int64_t threads) {
+// as end first by the estimate. Each part packs the tile for itself. Small layers end first on one thread.
+struct Shares {
+    int64_t parts;
+    bool worth_sharing;
+};
+
+Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int64_t threads) {
     constexpr double kUnitCycles = 1000;
     constexpr double kSharingCycles = 8000;
     const double tiles = static_cast<double>(g.tiles);
     const int64_t most = std::min(ceil_divide(2 * threads, g.tiles), ceil_divide(out_channels, kBandWindow));
-    int64_t best = 1;
-    double least = std::numeric_limits<double>::infinity();
+    Shares best = {1, false};
+    double least = cost.total;
     for (int64_t parts = 1; parts <= most; ++parts) {
+        if (g.tiles * parts == 1) continue;
         const double rounds = static_cast<double>(ceil_divide(g.tiles * parts, threads));
         const double unit = (cost.packing + (cost.total - cost.packing) / static_cast<double>(parts)) / tiles;
-        const double shared = g.tiles * parts > 1 ? kSharingCycles : 0;
-        const double cycles = rounds * (unit + kUnitCycles) + shared;
+        const double cycles = rounds * (unit + kUnitCycles) + kSharingCycles;
         if (cycles < least) {
             least = cycles;
-            best = parts;
+            best = Shares{parts, true};
         }
     }
     return best;
@@ -271,8 +276,9 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     tasks_ = tiles_;
     if (tiles_ < kManyTiles) {
         const int64_t known_threads = threads();
-        parts_ = parts_of(best, least, out_channels, known_threads);
-        tasks_ = known_threads == 1 ? std::min(units(), kTasksOfOneThread) : units();
+        const Shares shares = shares_of(best, least, out_channels, known_threads);
+        parts_ = shares.parts;
+        tasks_ = shares.worth_sharing ? units() : std::min(units(), known_threads == 1 ? kTasksOfOneThread : 1);
     }
     down_ = best.down;
     across_ = best.across;
