@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from obc_deploy.exporters.blocked_layout import to_blocked_layout
-from obc_deploy.exporters.edit import constant, drop_dead
+from obc_deploy.exporters.edit import constant, drop_dead, integer
 from obc_deploy.exporters.integer_shortcuts import drop_requantizations, pads_onto_codes
 from obc_deploy.exporters.operator_costs import costs_of
 from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS, stored_blocks
@@ -49,7 +49,7 @@ def zero_blocks(model: ir.Model) -> dict[str, float]:
         codes = constant(node.inputs[3])
         if codes is None or codes.ndim not in (2, 4) or not codes.size:
             continue
-        if codes.ndim == 4 and codes.shape[1] == 1:
+        if integer(node, "group", 1) > 1 and codes.shape[1] == 1:
             continue  # depthwise: no block of it holds four weights
         turned = codes.T if node.op_type == "QLinearMatMul" else codes
         found[node.outputs[0].name or ""] = stored_blocks(turned).zeros

@@ -163,6 +163,7 @@ def _usage_message(error: Any, given: Sequence[str]) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else PROGRAM
     message = " ".join(error.format_message().split()).rstrip(".")
+    message = message.replace(": Value error, ", ": ")  # what a choice's validation begins with
     for name in getattr(getattr(error, "param", None), "opts", ()):
         for argument, following in itertools.pairwise((*given, "")):
             if argument == name and following and f"'{following}'" not in message:

@@ -283,6 +283,11 @@ def test_wrong_usage(run: Run, given: tuple[str, ...]) -> None:
     _fails(run(*given), "--help'")
 
 
+def test_a_choice_that_is_none(run: Run) -> None:
+    answer = run("export", "net.onnx", "--processor", "foo")
+    _fails(answer, "'--processor': 'foo' is not one of 'cascade-lake', 'zen-4';")
+
+
 def test_a_bug_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from obc_deploy.runtimes import doctor
 

@@ -32,6 +32,7 @@ from obc_deploy.exporters.operator_costs import COSTS, costs_of, deciding_costs,
 from obc_deploy.exporters.rewritten_file import rewrite_onnx
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.exporters.sparse_cost import COUNTS, Work, nanoseconds
+from obc_deploy.exporters.sparse_onnxruntime import zero_blocks
 from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Expectation, audit_artifact, count_accelerated
 from obc_deploy.runtimes.session import open_session
@@ -365,6 +366,23 @@ def test_the_processor_that_is_named_decides(compressed, tmp_path, monkeypatch):
     )
     assert isinstance(refused.exception, ExportError)
     assert "--processor zen-4 is for --target ort-sparse" in str(refused.exception)
+
+
+@pytest.mark.parametrize(("channels", "group", "counts"), [(1, 1, True), (8, 8, False)])
+def test_a_layer_of_one_input_channel_is_no_depthwise_one(channels, group, counts):
+    codes = numpy_helper.from_array(np.ones((8, 1, 3, 3), np.int8), "w")
+    scale, zero = np.float32(1.0), np.uint8(0)
+    names = ["x", "s", "z", "w", "s", "wz", "s", "z"]
+    constants = {"s": scale, "z": zero, "wz": np.int8(0)}
+    graph = helper.make_graph(
+        [helper.make_node("QLinearConv", names, ["y"], group=group)],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [1, channels, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, [1, 8, 6, 6])],
+        [codes, *(numpy_helper.from_array(np.array(v), k) for k, v in constants.items())],
+    )
+    found = zero_blocks(ir.from_proto(helper.make_model(graph)))
+    assert found == ({"y": 0.0} if counts else {})
 
 
 @pytest.mark.parametrize(("source", "dynamic"), [(QOPERATOR, False), ("onnxruntime", True)])
