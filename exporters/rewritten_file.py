@@ -208,6 +208,10 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
         )
     libraries({DOMAIN})
     original = _load(source)
+    if any(node.domain == DOMAIN for node in original.graph.node):
+        raise ExportError(
+            f"'{source.name}' is on sparse operators already; give the file that it was made from"
+        )
     feeds = _random_inputs(original, source, CHECKED_INPUTS)
     model = ir.from_proto(original)
     unsigned_activations(model)

@@ -72,7 +72,8 @@ def load_artifact(path: Path | str) -> Artifact:
         manifest = ArtifactManifest.model_validate_json(beside.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"'{path}' has no manifest '{beside.name}' beside it; export it again"
+            f"'{path}' has no manifest '{beside.name}' beside it; name a file that 'obc-deploy "
+            "export RUN' made, beside its manifest"
         ) from error
     except (OSError, ValueError) as error:
         raise ArtifactError(

@@ -405,6 +405,8 @@ def test_an_onnx_file_from_elsewhere(compressed, tmp_path, everywhere, source, d
     for count in (1, 3) if dynamic else (1,):
         x = samples(Residual, count, seed=8)
         assert relative(run(made, x), run_plain(given.path, x)) < 1e-2
+    with pytest.raises(ExportError, match=r"'made\.onnx' is on sparse operators already"):
+        rewrite_onnx(made, tmp_path / "twice.onnx", TARGETS[SPARSE])
 
 
 def quantized_by_onnx_runtime(tmp_path, activations):
