@@ -4,7 +4,7 @@
 // products that one VNNI instruction adds up. Only blocks with a non-zero weight are stored.
 //
 //     plan = ConvolutionPlan(shape, weights, requantization, residual, set, threads)      allocates
-//     for each unit, on any thread: plan.run(tensors, first, last, scratch)               does not
+//     for each task, on any thread: plan.run(tensors, task, scratch)                      does not
 //
 // A plan belongs to one shape of the input (it holds the weights in the order in which this shape
 // wants them); make a new one where the shape changes. Fully connected layers and MatMul are 1x1
@@ -109,6 +109,10 @@ struct CodeRange {
     int32_t lower;
     int32_t upper;
 };
+
+inline CodeRange range_of(const ResidualAdd& residual) {
+    return CodeRange{residual.zero_point, residual.lower, residual.upper};
+}
 
 // What a range spares.
 enum class CodesAre {
@@ -253,7 +257,7 @@ struct ScratchLayout {
 
 class ConvolutionPlan {
 public:
-    // `threads` says how many will run units; it is asked where that matters. Throws std::bad_alloc, what
+    // `threads` says how many will run tasks; it is asked where that matters. Throws std::bad_alloc, what
     // `threads` throws, and nothing else; the caller has checked what is said above.
     ConvolutionPlan(const ConvolutionShape& shape, const BlockWeights& weights,
                     const Requantization& requantization, const ResidualAdd& residual,

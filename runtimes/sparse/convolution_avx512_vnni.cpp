@@ -11,9 +11,9 @@
 #endif
 
 #define OBC_INLINE inline __attribute__((always_inline))
-#define OBC_TILE_SHAPES(WHOLE, HALVED)                                                      \
-    WHOLE(1, 1) WHOLE(1, 2) HALVED(1, 4) WHOLE(1, 4) HALVED(1, 7) WHOLE(1, 7) HALVED(1, 13) WHOLE(1, 14) \
-    WHOLE(1, 28) WHOLE(2, 4) WHOLE(2, 7) WHOLE(4, 4) WHOLE(4, 7)
+#define OBC_TILE_SHAPES(WHOLE, HALVED)                                                       \
+    WHOLE(1, 1) WHOLE(1, 2) HALVED(1, 4) WHOLE(1, 4) HALVED(1, 7) WHOLE(1, 7) HALVED(1, 13)  \
+    WHOLE(1, 14) WHOLE(1, 28) WHOLE(2, 4) WHOLE(2, 7) WHOLE(4, 4) WHOLE(4, 7)
 
 namespace obc {
 namespace sparse {

@@ -157,28 +157,31 @@ Cost cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometr
     return Cost{tiles * (accumulating + rows + requantizing + packing), g.in_place ? 0.0 : tiles * packing};
 }
 
-// Few tiles leave threads without work: then the output channels of each are shared out too, in as many parts
-// as end first by the estimate. Each part packs the tile for itself. Small layers end first on one thread.
 struct Shares {
-    int64_t parts;
-    bool worth_sharing;
+    int64_t parts;  // of a tile
+    int64_t tasks;
 };
 
-Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int64_t threads) {
+// Few tiles leave threads without work: then the output channels of each are shared out too, in as many parts
+// as end first by the estimate. Each part packs the tile for itself. Small layers end first on one thread.
+Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, const std::function<int64_t()>& threads) {
     constexpr double kUnitCycles = 1000;
     constexpr double kSharingCycles = 8000;
+    if (g.tiles >= kManyTiles) return Shares{1, g.tiles};
+    if (cost.total <= kSharingCycles) return Shares{1, 1};
+    const int64_t known_threads = threads();
+    if (known_threads == 1) return Shares{1, std::min(g.tiles, kTasksOfOneThread)};
     const double tiles = static_cast<double>(g.tiles);
-    const int64_t most = std::min(ceil_divide(2 * threads, g.tiles), ceil_divide(out_channels, kBandWindow));
-    Shares best = {1, false};
+    const int64_t most = std::min(ceil_divide(2 * known_threads, g.tiles), ceil_divide(out_channels, kBandWindow));
+    Shares best = {1, 1};
     double least = cost.total;
-    for (int64_t parts = 1; parts <= most; ++parts) {
-        if (g.tiles * parts == 1) continue;
-        const double rounds = static_cast<double>(ceil_divide(g.tiles * parts, threads));
+    for (int64_t parts = g.tiles == 1 ? 2 : 1; parts <= most; ++parts) {
+        const double rounds = static_cast<double>(ceil_divide(g.tiles * parts, known_threads));
         const double unit = (cost.packing + (cost.total - cost.packing) / static_cast<double>(parts)) / tiles;
         const double cycles = rounds * (unit + kUnitCycles) + kSharingCycles;
         if (cycles < least) {
             least = cycles;
-            best = Shares{parts, true};
+            best = Shares{parts, g.tiles * parts};
         }
     }
     return best;
@@ -272,14 +275,9 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     flat_ = best.flat;
     in_place_ = best.in_place;
     tiles_ = best.tiles;
-    parts_ = 1;
-    tasks_ = tiles_;
-    if (tiles_ < kManyTiles) {
-        const int64_t known_threads = threads();
-        const Shares shares = shares_of(best, least, out_channels, known_threads);
-        parts_ = shares.parts;
-        tasks_ = shares.worth_sharing ? units() : std::min(units(), known_threads == 1 ? kTasksOfOneThread : 1);
-    }
+    const Shares shares = shares_of(best, least, out_channels, threads);
+    parts_ = shares.parts;
+    tasks_ = shares.tasks;
     down_ = best.down;
     across_ = best.across;
     position_rows_ = best.position_rows;

@@ -149,13 +149,12 @@ static void pack_straight(const ConvolutionPlan& plan, const BlockedTensors& ten
     const int64_t rest = run.pixels - pixels;
     const int64_t tensor_bytes = plan.shape_.input.bytes();
     const int64_t filled = (pixels + Lanes::kPixels - 1) / Lanes::kPixels * Lanes::kPixels;
-    const int64_t filled_rest = rest > 0 ? half_pixels : 0;
-    const int64_t end = run.input + (filled + filled_rest) * kBlock;
+    const int64_t end = run.input + (filled + (rest > 0 ? half_pixels : 0)) * kBlock;
     for (int64_t block = first; block < last; ++block) {
         const uint8_t* const from = tensors.input + block * plane_bytes + run.input;
         const bool whole = block * plane_bytes + end <= tensor_bytes;
         TilePixels::pack_run(wholes, from, whole ? filled : pixels);
-        if (rest > 0) TilePixels::pack_run(halves, from + tile_pixels * kBlock, whole ? filled_rest : rest);
+        if (rest > 0) TilePixels::pack_run(halves, from + tile_pixels * kBlock, whole ? half_pixels : rest);
         wholes += tile_pixels * Lanes::kPixelBytes;
         halves += half_pixels * Lanes::kPixelBytes;
     }

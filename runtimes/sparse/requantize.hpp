@@ -72,7 +72,7 @@ struct QuantizedAdd {
           other_scale(Arithmetic::all(residual.residual_scale)),
           scale(Arithmetic::all(residual.scale)),
           most(Arithmetic::all(kBeyondCodes)),
-          bounds(CodeRange{residual.zero_point, residual.lower, residual.upper}) {
+          bounds(range_of(residual)) {
         const double own = static_cast<double>(residual.convolution_scale) / residual.scale;
         const double other = static_cast<double>(residual.residual_scale) / residual.scale;
         const double zeros = own * convolution_zero_point + other * residual.residual_zero_point;

@@ -74,8 +74,7 @@ static void run_convolution(const ConvolutionPlan& plan, const BlockedTensors& t
     const ResidualAdd& residual = plan.residual_;
     if (!residual.present) return run_units(plan, tensors, first, last, scratch, AsTheyAre());
     const QuantizedAdd add(residual, plan.range_.zero_point);
-    const CodeRange range = {residual.zero_point, residual.lower, residual.upper};
-    if (codes_of(range) == CodesAre::kWholeFromZero) {
+    if (codes_of(range_of(residual)) == CodesAre::kWholeFromZero) {
         run_units(plan, tensors, first, last, scratch, WithResidual<CodesAre::kWholeFromZero>{add});
     } else {
         run_units(plan, tensors, first, last, scratch, WithResidual<CodesAre::kAny>{add});

@@ -44,9 +44,8 @@ void ConvolutionPlan::place_flat(int64_t tile, const std::vector<int64_t>& start
     const int64_t stride = shape_.stride;
     const int64_t tile_pixels = kernels_->shapes[tile_].pixels(kernels_->lanes);
     const int64_t image_pixels = output_.height * output_.width;
-    int64_t begin = starts[static_cast<size_t>(tile)];
-    int64_t end = starts[static_cast<size_t>(tile) + 1];
-    int64_t start = begin;  // of the tile; what lies before `begin` belongs to the tile above
+    int64_t begin, end;
+    int64_t start;  // of the tile; what lies before `begin` belongs to the tile above
     if (in_place_) {
         const int64_t tiles = tiles_ / output_.images;
         const int64_t first = tile / tiles * image_pixels;
@@ -54,6 +53,9 @@ void ConvolutionPlan::place_flat(int64_t tile, const std::vector<int64_t>& start
         end = std::min(begin + tile_pixels, first + image_pixels);
         start = end - tile_pixels;
         place.first_pixel = tile / tiles * input.image_bytes() + (start - first) * kBlock;
+    } else {
+        start = begin = starts[static_cast<size_t>(tile)];
+        end = starts[static_cast<size_t>(tile) + 1];
     }
     int64_t image = begin / image_pixels;
     int64_t y = begin % image_pixels / output_.width;
@@ -168,7 +170,8 @@ void ConvolutionPlan::place_tiles() {
     places_.resize(static_cast<size_t>(tiles_));
     const int64_t tile_pixels = kernels_->shapes[tile_].pixels(kernels_->lanes);
     const int64_t pixels = output_.images * output_.height * output_.width;
-    const std::vector<int64_t> starts = flat_ ? tile_starts(tiles_, tile_pixels, pixels) : std::vector<int64_t>{};
+    std::vector<int64_t> starts;
+    if (flat_ && !in_place_) starts = tile_starts(tiles_, tile_pixels, pixels);
     for (int64_t tile = 0; tile < tiles_; ++tile) {
         TilePlace& place = places_[static_cast<size_t>(tile)];
         place.first_pixel_run = static_cast<int64_t>(pixel_runs_.size());

@@ -66,6 +66,7 @@ static OBC_INLINE void interleave_pixels(const uint8_t* codes, int64_t channel_b
     }
     if (pixels == 0) return;
     Arithmetic::interleave(codes, channel_bytes, four);
+    // The vector that is next goes to the first one's place: an index not known to the compiler costs memory.
 #pragma GCC unroll 3
     for (int v = 0; v < 3 && pixels >= Lanes::kPixels; ++v, at += kVectorBytes, pixels -= Lanes::kPixels) {
         Arithmetic::store(to + at, finish(four[v], residual, at));
@@ -94,11 +95,11 @@ static void interleave_after(const uint8_t* codes, int64_t channel_bytes, int64_
 }
 
 // Lanes of channels that do not exist get the zero point.
-static void clear_spare_channels(uint8_t* codes, int64_t pixels, int64_t channels, int32_t zero_point) {
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-        for (int64_t channel = channels; channel < kBlock; ++channel) {
-            codes[pixel * kBlock + channel] = static_cast<uint8_t>(zero_point);
-        }
+static void clear_spare_channels(const ConvolutionPlan& plan, int64_t block, uint8_t* pixels, int64_t count) {
+    const int64_t present = plan.shape_.out_channels - block * kBlock;
+    if (present >= kBlock) return;
+    for (int64_t pixel = 0; pixel < count; ++pixel) {
+        __builtin_memset(pixels + pixel * kBlock + present, plan.zero_point_, static_cast<size_t>(kBlock - present));
     }
 }
 
@@ -130,6 +131,7 @@ static void write_straight(const ConvolutionPlan& plan, const BlockedTensors& te
         } else {
             interleave_pixels(codes, channel_bytes, run.pixels, finish, residual, to);
         }
+        if (Finish::kReadsResidual) clear_spare_channels(plan, block, to, run.pixels);
         if (bordered) fill_borders(plan, tensors, place, block);
         codes += kBlock * channel_bytes;
         residual += residual_plane_bytes;
@@ -147,10 +149,7 @@ static void write_apart(const ConvolutionPlan& plan, const BlockedTensors& tenso
     for (int64_t block = first; block < last; ++block, codes += kBlock * channel_bytes) {
         if (Finish::kReadsResidual) read_residual(plan, tensors, place, scratch, shape, block);
         interleave_pixels(codes, channel_bytes, pixels, finish, scratch.residual, scratch.pixels);
-        const int64_t present = plan.shape_.out_channels - block * kBlock;
-        if (Finish::kReadsResidual && present < kBlock) {
-            clear_spare_channels(scratch.pixels, pixels, present, plan.zero_point_);
-        }
+        if (Finish::kReadsResidual) clear_spare_channels(plan, block, scratch.pixels, pixels);
         write_codes(plan, tensors, place, scratch, shape, block);
         fill_borders(plan, tensors, place, block);
     }
@@ -174,9 +173,4 @@ static void write_chunk(const ConvolutionPlan& plan, const BlockedTensors& tenso
         return;
     }
     write_straight(plan, tensors, place, scratch.bytes, channel_bytes, finish, first_block, last_block);
-    if (Finish::kReadsResidual && spare > 0) {
-        const PixelRun& run = *place.pixel_runs;
-        clear_spare_channels(tensors.output + (last_block - 1) * plan.output_.plane_bytes() + run.output, run.pixels,
-                             kBlock - spare, plan.zero_point_);
-    }
 }
