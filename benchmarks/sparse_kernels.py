@@ -48,6 +48,7 @@ from obc_deploy.benchmarks.sparse_layer_costs import (
     block_sparse_codes,
 )
 from obc_deploy.errors import MeasurementError, ObcDeployError
+from obc_deploy.exporters.frames import Frame, gains_by_margin, margin_of
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.runtimes import sparse
 
@@ -176,6 +177,15 @@ class Layer:
             "pads": [shape.pad] * 4,
         }
 
+    def frame(self, blocks: int) -> Frame:
+        """Of the input, as an exporter would choose it for so many blocks with non-zero weights."""
+        shape, size = self.shape, self.shape.size
+        if shape.pad or not gains_by_margin(
+            [shape.kernel] * 2, [shape.stride] * 2, blocks, shape.channels
+        ):
+            return Frame(shape.pad)
+        return Frame(margin=margin_of(size, size))
+
     @property
     def scale(self) -> float:
         """Of the weights: outputs use most of their range."""
@@ -197,7 +207,8 @@ class Layer:
     def blocked(self, batch: int, copies: int) -> bytes:
         """Ours, on blocked codes; they are blocked once for all copies."""
         shape, network, stored = self.shape, Network(), stored_blocks(self.codes)
-        x = network.own("ToBlocks", ["x"], border=shape.pad, zero_point=ZERO)
+        frame = self.frame(len(stored.values))
+        x = network.own("ToBlocks", ["x"], zero_point=ZERO, **frame.attributes())
         outputs = []
         for bias in self._biases(copies):
             parts = [network.constant(stored.values, np.int8)]
@@ -208,8 +219,8 @@ class Layer:
             outputs.append(
                 network.own(
                     "SparseConvolution", [x, *parts], channels=shape.channels,
-                    input_border=shape.pad, output_scale=SCALE, output_zero_point=shape.zero_point,
-                    **self.windows, **GRID,
+                    output_scale=SCALE, output_zero_point=shape.zero_point,
+                    **frame.attributes("input_"), **self.windows, **GRID,
                 )
             )  # fmt: skip
         return network.model(outputs, self._input(batch), np.uint8)

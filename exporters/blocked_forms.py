@@ -32,6 +32,7 @@ from obc_deploy.exporters.edit import (
     only_user,
     producer,
 )
+from obc_deploy.exporters.frames import gains_by_margin
 from obc_deploy.exporters.qoperator import MICROSOFT
 from obc_deploy.exporters.sparse_blocks import BLOCK, StoredBlocks, stored_blocks
 from obc_deploy.exporters.sparse_cost import Work, nanoseconds
@@ -84,7 +85,7 @@ class BlockedForm:
         zero_points: of those.
         plane: of the output, blocked unless `operator` is DequantizeFromBlocks.
         zero_point: of the output.
-        attributes: all but borders.
+        attributes: all but borders and margins.
         padding: border that its first input must have.
         constants: constant inputs after the data by name; None for an optional one.
         plain_ns: cost of the plain form.
@@ -122,6 +123,16 @@ class BlockedForm:
     def makes_blocks(self) -> bool:
         """Its output is blocked."""
         return self.operator != "DequantizeFromBlocks"
+
+    @property
+    def gains_by_margin(self) -> bool:
+        """It is faster where its input's planes begin with cache lines."""
+        if self.stored is None or self.padding:
+            return False
+        what = self.attributes
+        return gains_by_margin(
+            what["kernel_shape"], what["strides"], len(self.stored.values), what["channels"]
+        )
 
 
 def plane_of(value: ir.Value | None) -> Plane | None:

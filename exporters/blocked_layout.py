@@ -3,7 +3,8 @@
 Each operator that has a blocked form gets it or not, so that the measured costs of all operators
 and of the conversions between the forms are least. Then the blocked ones are written as operators
 of our domain, with conversions where a value passes from one form to the other, borders as wide as
-the widest padding among a value's readers, and residual additions inside their convolutions.
+the widest padding among a value's readers, margins where a reader gains by them, and residual
+additions inside their convolutions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from obc_deploy.exporters.blocked_forms import BlockedForm, blocked_forms, plane_of
 from obc_deploy.exporters.cheapest_forms import Choice, Passing, cheapest_forms
 from obc_deploy.exporters.edit import add_initializer, constant, drop_dead, insert_before
+from obc_deploy.exporters.frames import Frame, margin_of
 from obc_deploy.exporters.sparse_cost import nanoseconds, residual_ns
 from obc_deploy.runtimes.sparse import DOMAIN, DOMAIN_VERSION
 
@@ -154,17 +156,22 @@ class _Writer:
         self._values = values
         self._chosen = {id(form) for form in chosen}
         self._blocked: dict[int, ir.Value] = {}
-        self._border: dict[int, int] = {}
+        self._frames: dict[int, Frame] = {}
         self.conversions = 0
         self.views: list[onnx.NodeProto] = []
 
-    def border(self, value: ir.Value) -> int:
-        """As wide as the widest padding among the blocked readers."""
-        known = self._border.get(id(value))
+    def frame(self, value: ir.Value) -> Frame:
+        """A border as wide as the widest padding among the blocked readers, else their margin."""
+        known = self._frames.get(id(value))
         if known is None:
-            readers = self._values[id(value)].readers if id(value) in self._values else []
-            widths = [form.padding for form in readers if id(form) in self._chosen]
-            known = self._border[id(value)] = max(widths, default=0)
+            passed = self._values.get(id(value))
+            readers = [] if passed is None else passed.readers
+            readers = [form for form in readers if id(form) in self._chosen]
+            border = max((form.padding for form in readers), default=0)
+            plane, margin = plane_of(value), 0
+            if plane and not border and any(form.gains_by_margin for form in readers):
+                margin = margin_of(plane.height, plane.width)
+            known = self._frames[id(value)] = Frame(border, margin)
         return known
 
     def _insert(
@@ -184,7 +191,9 @@ class _Writer:
             return value
         known = self._blocked.get(id(value))
         if known is None:
-            attributes = {"zero_point": form.zero_points[place], "border": self.border(value)}
+            attributes = {
+                "zero_point": form.zero_points[place], **self.frame(value).attributes()
+            }  # fmt: skip
             known = self._insert(
                 anchor, "ToBlocks", [value], attributes, f"{value.name}{BLOCKED_SUFFIX}"
             )
@@ -212,9 +221,12 @@ class _Writer:
         anchor, main = form.node, form if fused is None else fused[0]
         attributes = dict(main.attributes)
         if main.operator in {"Add", "Concat"}:
-            attributes["input_borders"] = [self.border(value) for value in main.data]
+            frames = [self.frame(value) for value in main.data]
+            attributes["input_borders"] = [frame.border for frame in frames]
+            if any(frame.margin for frame in frames):
+                attributes["input_margins"] = [frame.margin for frame in frames]
         elif main.reads_blocks:
-            attributes["input_border"] = self.border(main.data[0])
+            attributes |= self.frame(main.data[0]).attributes("input_")
         inputs: list[ir.Value | None] = [
             self._read(main, place, anchor) for place in range(len(main.data))
         ]
@@ -227,7 +239,7 @@ class _Writer:
             for name in ("scale", "zero_point"):
                 attributes[f"convolution_{name}"] = attributes[f"output_{name}"]
                 attributes[f"residual_{name}"] = form.attributes[f"input_{name}s"][place]
-            attributes["residual_border"] = self.border(residual)
+            attributes |= self.frame(residual).attributes("residual_")
             attributes |= {
                 name: form.attributes[name]
                 for name in ("output_scale", "output_zero_point", "lower", "upper")
@@ -241,7 +253,8 @@ class _Writer:
             self.conversions += 1
             return
         self.conversions += main.operator == "QuantizeToBlocks"
-        attributes["border"] = self.border(value)
+        frame = self.frame(value)
+        attributes |= frame.attributes()
         made = self._insert(
             anchor, main.operator, inputs, attributes, f"{value.name}{BLOCKED_SUFFIX}"
         )
@@ -249,7 +262,7 @@ class _Writer:
         assert node is not None
         node.name = main.node.name or node.name
         self._blocked[id(value)] = made
-        back = {"channels": form.plane.channels, "input_border": attributes["border"]}
+        back: dict[str, Any] = {"channels": form.plane.channels, **frame.attributes("input_")}
         passed = self._values.get(id(value))
         if passed is None or (not passed.read_plainly and all(
             id(reader) in self._chosen for reader in passed.readers

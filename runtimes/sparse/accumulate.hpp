@@ -8,7 +8,10 @@
 struct RowsOfBlocks {
     const uint8_t* tile;
     int64_t pitch;            // bytes from a row of vectors to the next
-    const uint8_t* halves;    // of a halved tile: the last vectors of all blocks
+    // Of a halved tile the last vectors of all blocks, by their blocks' offsets, and how much farther apart the others
+    // are.
+    const uint8_t* halves;
+    int64_t wholes_apart;
     const uint8_t* blocks;    // of the rows, one after the other: see ConvolutionPlan::blocks_
     const BandRow* rows;
     int64_t count;
@@ -30,14 +33,13 @@ static OBC_INLINE typename AnyLanes::Sums add_half(typename AnyLanes::Sums sums,
 // The vectors kFirst to kFirst + kCount - 1 of a tile; `tile` is where the first one's row starts.
 template <int kColumns, bool kHalved, int kChannels, int kFirst, int kCount>
 static OBC_INLINE void add_block(Lanes::Sums (*sum)[kCount], const uint8_t* tile, int64_t pitch,
-                                 const uint8_t* halves, const uint8_t* block) {
+                                 const uint8_t* halves, int64_t wholes_apart, const uint8_t* block) {
     constexpr int kVectorBytes = Lanes::kPixels * Lanes::kPixelBytes;
     constexpr int kFirstRow = kFirst / kColumns;
     constexpr int kLastRow = (kFirst + kCount - 1) / kColumns;
     int32_t offset;
     __builtin_memcpy(&offset, block, kOffsetBytes);
-    // In a halved tile offsets are those of halves.
-    const uint8_t* pixels = tile + int64_t{offset} * (kHalved ? 2 * (kColumns - 1) : 1);
+    const uint8_t* pixels = tile + (kHalved ? offset * wholes_apart : offset);
     Lanes::Weights weights[kChannels];
 #pragma GCC unroll 4
     for (int c = 0; c < kChannels; ++c) weights[c] = Lanes::weights(block + kOffsetBytes + c * Lanes::kWeightBytes);
@@ -73,6 +75,8 @@ static void accumulate_vectors(const RowsOfBlocks& work) {
     constexpr int kBlockBytes = kOffsetBytes + kChannels * Lanes::kWeightBytes;
     const int64_t pitch = work.pitch;
     const uint8_t* const tile = work.tile + kFirst / kColumns * pitch;
+    const uint8_t* const halves = work.halves;
+    const int64_t wholes_apart = work.wholes_apart;
     const uint8_t* block = work.blocks;
     const BandRow* const end = work.rows + work.count;
     for (const BandRow* row = work.rows; row != end; ++row) {
@@ -102,11 +106,11 @@ static void accumulate_vectors(const RowsOfBlocks& work) {
                 others[s / kSums][s % kSums / kCount][s % kCount] = Lanes::zero();
             }
             for (; left <= -kChains; left += kChains) {
-                add_block<kColumns, kHalved, kChannels, kFirst, kCount>(sum, tile, pitch, work.halves,
+                add_block<kColumns, kHalved, kChannels, kFirst, kCount>(sum, tile, pitch, halves, wholes_apart,
                                                                         block + left * kBlockBytes);
 #pragma GCC unroll 4
                 for (int c = 1; c < kChains; ++c) {
-                    add_block<kColumns, kHalved, kChannels, kFirst, kCount>(others[c - 1], tile, pitch, work.halves,
+                    add_block<kColumns, kHalved, kChannels, kFirst, kCount>(others[c - 1], tile, pitch, halves, wholes_apart,
                                                                    block + (left + c) * kBlockBytes);
                 }
             }
@@ -117,7 +121,7 @@ static void accumulate_vectors(const RowsOfBlocks& work) {
             }
         }
         for (; left; ++left) {
-            add_block<kColumns, kHalved, kChannels, kFirst, kCount>(sum, tile, pitch, work.halves,
+            add_block<kColumns, kHalved, kChannels, kFirst, kCount>(sum, tile, pitch, halves, wholes_apart,
                                                                     block + left * kBlockBytes);
         }
 #pragma GCC unroll 4

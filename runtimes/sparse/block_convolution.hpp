@@ -22,22 +22,30 @@ namespace sparse {
 constexpr int kBlock = 4;  // input channels of a block, and bytes of a blocked tensor's pixel
 constexpr int64_t kMostPositions = 8192;  // of a kernel: more than any network has
 
-// A blocked tensor: uint8 [images, blocks, height + 2 border, width + 2 border, 4], contiguous. The
+// What lies around each plane of a blocked tensor: `border` pixels on all sides, which hold the zero point,
+// and below those `margin` rows that hold nothing, so that planes begin with a cache line.
+struct Frame {
+    int64_t border;
+    int64_t margin;
+};
+
+// A blocked tensor: uint8 [images, blocks, height + 2 border + margin, width + 2 border, 4], contiguous. The
 // border and the spare lanes of the last block hold the zero point.
 struct BlockedShape {
     int64_t images;
     int64_t channels;
     int64_t height;
     int64_t width;
-    int64_t border;
+    Frame frame;
 
     int64_t blocks() const { return (channels + kBlock - 1) / kBlock; }
-    int64_t row_bytes() const { return (width + 2 * border) * kBlock; }
-    int64_t plane_bytes() const { return (height + 2 * border) * row_bytes(); }
+    int64_t row_bytes() const { return (width + 2 * frame.border) * kBlock; }
+    int64_t bordered_bytes() const { return (height + 2 * frame.border) * row_bytes(); }  // of a plane
+    int64_t plane_bytes() const { return bordered_bytes() + frame.margin * row_bytes(); }
     int64_t image_bytes() const { return blocks() * plane_bytes(); }
     int64_t bytes() const { return images * image_bytes(); }
     int64_t offset(int64_t y, int64_t x) const {  // of a pixel within its plane
-        return (y + border) * row_bytes() + (x + border) * kBlock;
+        return (y + frame.border) * row_bytes() + (x + frame.border) * kBlock;
     }
 };
 
@@ -51,12 +59,12 @@ inline void fill_pixels(uint8_t* to, int64_t pixels, int32_t zero_point) {
 struct ConvolutionShape {
     BlockedShape input;
     int64_t out_channels;
-    int64_t out_border;
-    int64_t residual_border;  // of the residual, where there is one
+    Frame out_frame;
+    Frame residual_frame;  // of the residual, where there is one
     int64_t kernel_height;
     int64_t kernel_width;
     int64_t stride;  // 1 or 2
-    int64_t top;     // padding: none above input.border
+    int64_t top;     // padding: none above the input's border
     int64_t left;
     int64_t bottom;
     int64_t right;
@@ -64,7 +72,7 @@ struct ConvolutionShape {
     BlockedShape output() const {
         return BlockedShape{input.images, out_channels,
                             (input.height + top + bottom - kernel_height) / stride + 1,
-                            (input.width + left + right - kernel_width) / stride + 1, out_border};
+                            (input.width + left + right - kernel_width) / stride + 1, out_frame};
     }
 };
 
@@ -128,8 +136,8 @@ inline CodesAre codes_of(const CodeRange& range) {
 
 struct BlockedTensors {
     const uint8_t* input;
-    const uint8_t* residual;  // with the output's shape but its own border; null without
-    uint8_t* output;          // every byte is written, borders and spare lanes too
+    const uint8_t* residual;  // with the output's shape but its own frame; null without
+    uint8_t* output;          // every byte but the margins' is written, borders and spare lanes too
 };
 
 // Output channels that are computed together: 1, 2 or 4 (bands.hpp).

@@ -74,9 +74,9 @@ constexpr int kCacheWays = 8;
 // may be as far apart as to fall to the same few sets of the first cache; then a packed tile is faster.
 bool can_stay_in_place(const ConvolutionShape& shape, const TileShape& tile, const ConvolutionKernels& kernels) {
     const BlockedShape& input = shape.input;
-    const int64_t tile_bytes = int64_t{tile.columns} * kernels.lanes * kBlock;
+    const int64_t tile_bytes = tile.pixels(kernels.lanes) * int64_t{kBlock};
     const int64_t plane_bytes = input.plane_bytes();
-    const bool whole_vectors = is_flat(shape) && !tile.halved && shape.stride == 1 && input.border == 0 &&
+    const bool whole_vectors = is_flat(shape) && shape.stride == 1 && input.frame.border == 0 &&
                                kernels.pixel_bytes == kBlock && plane_bytes % (kernels.lanes * kBlock) == 0 &&
                                tile_bytes <= plane_bytes && plane_bytes % kLineBytes == 0 &&
                                input.image_bytes() <= kMostGroupBytes;
@@ -238,7 +238,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
       range_{requantization.zero_point, requantization.lower, requantization.upper},
       residual_(residual),
       zero_point_(residual.present ? residual.zero_point : requantization.zero_point) {
-    residual_shape_.border = shape.residual_border;
+    residual_shape_.frame = shape.residual_frame;
     const int64_t out_channels = shape.out_channels;
     const int64_t in_blocks = shape.input.blocks();
     const std::vector<Band> bands = bands_of(weights, out_channels, kernels.band_channels);
@@ -367,8 +367,8 @@ void ConvolutionPlan::add_row(const BlockWeights& weights, const Band& band, con
                                column_slot_[position % shape_.kernel_width];
         const int64_t block = index % in_blocks - group_start_[group];
         int64_t start = vector * vector_bytes;
-        if (in_place_) start = block * shape_.input.plane_bytes();
         if (kernels_->shapes[tile_].halved) start = block * vector_bytes / 2;
+        if (in_place_) start = block * shape_.input.plane_bytes();
         const int32_t offset = static_cast<int32_t>(start);
         const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(&offset);
         blocks_.insert(blocks_.end(), bytes, bytes + kOffsetBytes);

@@ -30,7 +30,6 @@ struct OutputGrid {
 };
 
 constexpr Limits kCodes{0, 255};
-constexpr Limits kBorders{0, 3};
 
 // Attributes `<name>_scale` and `<name>_zero_point`.
 inline Grid read_grid(const Attributes& attributes, const std::string& name) {

@@ -29,6 +29,7 @@ static void run_units(const ConvolutionPlan& plan, const BlockedTensors& tensors
     work.multiplier = plan.multiplier_.data();
     work.bounds = &bounds;
     work.codes = scratch.bytes;
+    const int64_t whole_bytes = work.pitch - Lanes::kPixels * Lanes::kPixelBytes;  // of a block in a halved tile
     const int64_t chunks = plan.chunks();
     for (int64_t unit = first; unit < last; ++unit) {
         const int64_t part = unit % plan.parts_;
@@ -41,11 +42,14 @@ static void run_units(const ConvolutionPlan& plan, const BlockedTensors& tensors
             const bool last_group = g + 1 == groups;
             if (plan.in_place_) {
                 work.tile = tensors.input + at.first_pixel + plan.group_start_[g] * plan.shape_.input.plane_bytes();
+                work.halves = work.tile + whole_bytes;
+                work.wholes_apart = 1;
             } else {
                 const int64_t blocks = plan.group_start_[g + 1] - plan.group_start_[g];
-                uint8_t* const halves = scratch.tile + blocks * (work.pitch - Lanes::kPixels * Lanes::kPixelBytes);
+                uint8_t* const halves = scratch.tile + blocks * whole_bytes;
                 pack_group(plan, tensors, place, scratch.tile, halves, plan.group_start_[g], plan.group_start_[g + 1]);
                 work.halves = halves;
+                work.wholes_apart = 2 * (plan.position_columns_ - 1);
             }
             work.bias = g == 0 ? plan.bias_.data() : nullptr;
             const BandRows* rows = plan.band_rows_.data() + (g * chunks + first_chunk) * kBandSizes;

@@ -14,12 +14,12 @@ constexpr int64_t kNearBytes = 2 * 1024 * 1024;
 // The border of an image that belongs to the pixels first_x to last_x - 1 of its row y: what lies
 // before its first pixel, and after the row's end up to the next row's first pixel.
 void ConvolutionPlan::own_border(int64_t image, int64_t y, int64_t first_x, int64_t last_x) {
-    if (output_.border == 0) return;
+    if (output_.frame.border == 0) return;
     const int64_t start = image * output_.image_bytes();
     if (y == 0 && first_x == 0) border_runs_.push_back(BorderRun{start, output_.offset(0, 0) / kBlock});
     if (last_x == output_.width) {
         const int64_t row_end = output_.offset(y, output_.width);
-        const int64_t next = y + 1 == output_.height ? output_.plane_bytes() : output_.offset(y + 1, 0);
+        const int64_t next = y + 1 == output_.height ? output_.bordered_bytes() : output_.offset(y + 1, 0);
         border_runs_.push_back(BorderRun{start + row_end, (next - row_end) / kBlock});
     }
 }
@@ -42,20 +42,17 @@ static std::vector<int64_t> tile_starts(int64_t tiles, int64_t most, int64_t pix
 void ConvolutionPlan::place_flat(int64_t tile, const std::vector<int64_t>& starts, TilePlace& place) {
     const BlockedShape& input = shape_.input;
     const int64_t stride = shape_.stride;
-    const int64_t tile_pixels = kernels_->shapes[tile_].pixels(kernels_->lanes);
     const int64_t image_pixels = output_.height * output_.width;
-    int64_t begin, end;
-    int64_t start;  // of the tile; what lies before `begin` belongs to the tile above
+    const size_t tiles = starts.size() - 1;  // of the list, which in place is an image's
+    const int64_t first_image = tile / static_cast<int64_t>(tiles);
+    const int64_t begin = first_image * image_pixels + starts[static_cast<size_t>(tile) % tiles];
+    const int64_t end = first_image * image_pixels + starts[static_cast<size_t>(tile) % tiles + 1];
+    int64_t start = begin;
     if (in_place_) {
-        const int64_t tiles = tiles_ / output_.images;
-        const int64_t first = tile / tiles * image_pixels;
-        begin = first + tile % tiles * tile_pixels;
-        end = std::min(begin + tile_pixels, first + image_pixels);
-        start = end - tile_pixels;
-        place.first_pixel = tile / tiles * input.image_bytes() + (start - first) * kBlock;
-    } else {
-        start = begin = starts[static_cast<size_t>(tile)];
-        end = starts[static_cast<size_t>(tile) + 1];
+        // What follows the last pixel is the plane's too; else the tile begins over the one above.
+        const int64_t last = input.plane_bytes() / kBlock - kernels_->shapes[tile_].pixels(kernels_->lanes);
+        start = first_image * image_pixels + std::min(begin - first_image * image_pixels, last);
+        place.first_pixel = first_image * input.image_bytes() + (start - first_image * image_pixels) * kBlock;
     }
     int64_t image = begin / image_pixels;
     int64_t y = begin % image_pixels / output_.width;
@@ -169,9 +166,10 @@ LinesAhead ConvolutionPlan::add_lines(const BlockedShape& tensor, const TilePlac
 void ConvolutionPlan::place_tiles() {
     places_.resize(static_cast<size_t>(tiles_));
     const int64_t tile_pixels = kernels_->shapes[tile_].pixels(kernels_->lanes);
-    const int64_t pixels = output_.images * output_.height * output_.width;
+    const int64_t lists = in_place_ ? output_.images : 1;
+    const int64_t pixels = output_.images / lists * output_.height * output_.width;
     std::vector<int64_t> starts;
-    if (flat_ && !in_place_) starts = tile_starts(tiles_, tile_pixels, pixels);
+    if (flat_) starts = tile_starts(tiles_ / lists, tile_pixels, pixels);
     for (int64_t tile = 0; tile < tiles_; ++tile) {
         TilePlace& place = places_[static_cast<size_t>(tile)];
         place.first_pixel_run = static_cast<int64_t>(pixel_runs_.size());

@@ -64,6 +64,33 @@ class Shortcut(nn.Module):
         return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Bottlenecks(nn.Module):
+    """Convolutions of planes of 14x14 and 7x7 pixels, which end within a cache line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 24, 3, stride=2, padding=1)
+        self.narrow = nn.Conv2d(24, 8, 1)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
+        self.wide = nn.Conv2d(8, 24, 1)
+        self.narrow_again = nn.Conv2d(24, 12, 1)
+        self.halved = nn.Conv2d(12, 16, 3, stride=2, padding=1)
+        self.aside = nn.Conv2d(24, 12, 1)
+        self.beside = nn.Conv2d(24, 16, 1, stride=2)
+        self.last = nn.Conv2d(28, 20, 1)
+        self.head = nn.Linear(20, 10)
+
+    def forward(self, x):
+        x = functional.relu(self.stem(x))
+        y = functional.relu(self.middle(functional.relu(self.narrow(x))))
+        x = functional.relu(self.wide(y) + x)
+        y = functional.relu(self.halved(functional.relu(self.narrow_again(x))))
+        y = functional.relu(y + self.beside(x))
+        pooled = functional.max_pool2d(functional.relu(self.aside(x)), 2)
+        y = functional.relu(self.last(torch.cat([y, pooled], dim=1)))
+        return self.head(functional.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
 def run(path, x):
     """The first output, with our library."""
     options = onnxruntime.SessionOptions()
@@ -208,6 +235,58 @@ def test_borders_are_the_widest_padding_of_the_readers(exported, kind):
     for node in made.values():
         if node.output[0].endswith("_blocked"):
             assert attribute(node, "border") == needed[node.output[0]]
+
+
+def frames_read(node):
+    """Border and margin of each blocked input, by its name."""
+    if node.op_type in {"Add", "Concat"}:
+        count = len(node.input)
+        borders = attribute(node, "input_borders", [0] * count)
+        margins = attribute(node, "input_margins", [0] * count)
+        return dict(zip(node.input, zip(borders, margins, strict=True), strict=True))
+    if not attribute(node, "channels"):
+        return {}  # reads no blocked tensor
+    found = {node.input[0]: (attribute(node, "input_border"), attribute(node, "input_margin"))}
+    if len(node.input) > 6:
+        frame = attribute(node, "residual_border"), attribute(node, "residual_margin")
+        found[node.input[6]] = frame
+    return found
+
+
+def test_planes_that_end_within_a_line_get_a_margin(everywhere, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).standard_normal((16, 4, 28, 28), dtype=np.float32)
+    model = compress(
+        Bottlenecks().eval(), x, scheme="block4@0.5+w8a8", method="rtn", baselines=False
+    )
+    path = model.export(tmp_path / "with", target=SPARSE, dynamic_batch=True).path
+    nodes = [node for node in onnx.load(path).graph.node if node.domain == sparse.DOMAIN]
+    made = {
+        node.output[0]: (attribute(node, "border"), attribute(node, "margin")) for node in nodes
+    }
+    read = [pair for node in nodes for pair in frames_read(node).items()]
+    assert read
+    for name, frame in read:
+        assert frame == made[name]
+    read_in_place = {
+        node.input[0]
+        for node in nodes
+        if node.op_type == "SparseConvolution"
+        and attribute(node, "kernel_shape") == attribute(node, "strides", [1, 1]) == [1, 1]
+    }
+    margins = Counter(made[name][1] for name in read_in_place if made[name][0] == 0)
+    assert set(margins) == {2, 9}  # 16 rows of 14 pixels, 16 rows of 7
+    assert all(margin == 0 for name, (_, margin) in made.items() if name not in read_in_place)
+    with monkeypatch.context() as patch:
+        patch.setattr(blocked_layout, "margin_of", lambda *_: 0)
+        plain = model.export(tmp_path / "without", target=SPARSE, dynamic_batch=True).path
+    assert not any(attribute(node, "margin") for node in onnx.load(plain).graph.node)
+    with torch.no_grad():
+        wanted = model.module(SPARSE)(torch.from_numpy(x)).numpy()
+    for images in (1, 3, 16):
+        outputs = run(path, x[:images])
+        np.testing.assert_array_equal(outputs, run(plain, x[:images]))
+        assert relative(outputs, wanted[:images]) < 3e-2
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9])

@@ -16,19 +16,19 @@ class Add {
 
     struct Options {
         int64_t channels;
-        std::vector<int64_t> input_borders;
+        std::vector<Frame> input_frames;
         std::vector<Grid> input_grids;
-        int64_t border;
+        Frame frame;
         OutputGrid grid;
 
         explicit Options(const Attributes& attributes)
             : channels(attributes.channels()),
-              input_borders(attributes.integers("input_borders", 2, kBorders, 0)),
+              input_frames(read_input_frames(attributes, 2)),
               input_grids(read_input_grids(attributes, 2)),
-              border(attributes.integer("border", kBorders, 0)), grid(read_output_grid(attributes)) {}
+              frame(read_frame(attributes, "")), grid(read_output_grid(attributes)) {}
 
         BlockedShape input(const Shape& shape, size_t index) const {
-            return blocked_shape(shape, channels, input_borders[index], kInputs[index].name);
+            return blocked_shape(shape, channels, input_frames[index], kInputs[index].name);
         }
 
         BlockedShape output(const Shape& first, const Shape& second) const {
@@ -38,7 +38,7 @@ class Add {
                 refuse("input 'b' holds [N, H, W] = ", Shape{b.images, b.height, b.width},
                        ", expected 'a''s ", Shape{a.images, a.height, a.width});
             }
-            a.border = border;
+            a.frame = frame;
             return a;
         }
 
@@ -54,9 +54,9 @@ class Add {
         const BlockedShape a = options_.input(first.shape, 0), b = options_.input(second.shape, 1);
         const BlockedShape y = options_.output(first.shape, second.shape);
         // Rows that lie at the same places everywhere are added with what is between them.
-        const bool aligned = a.border == y.border && b.border == y.border;
+        const bool aligned = a.frame.border == y.frame.border && b.frame.border == y.frame.border;
         const int64_t rows = aligned ? 1 : y.height;
-        const int64_t bytes = aligned ? y.plane_bytes() - 2 * y.offset(0, 0) : y.width * kBlock;
+        const int64_t bytes = aligned ? y.bordered_bytes() - 2 * y.offset(0, 0) : y.width * kBlock;
         run.parallel_planes(y.images * y.blocks(), y.plane_bytes(), [&](int64_t plane) {
             for (int64_t row = 0; row < rows; ++row) {
                 set_.add(pixel(first, a, plane, row), options_.input_grids[0],

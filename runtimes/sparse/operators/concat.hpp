@@ -15,21 +15,21 @@ class Concat {
 
     struct Options {
         std::vector<int64_t> channels;
-        std::vector<int64_t> input_borders;
+        std::vector<Frame> input_frames;
         std::vector<Grid> input_grids;
-        int64_t border;
+        Frame frame;
         OutputGrid grid;
 
         explicit Options(const Attributes& attributes)
             : channels(attributes.integers("channels", kAnyCount, {1, kMostChannels})),
-              input_borders(attributes.integers("input_borders", count(), kBorders, 0)),
+              input_frames(read_input_frames(attributes, count())),
               input_grids(read_input_grids(attributes, count())),
-              border(attributes.integer("border", kBorders, 0)), grid(read_output_grid(attributes)) {}
+              frame(read_frame(attributes, "")), grid(read_output_grid(attributes)) {}
 
         int64_t count() const { return int64_t(channels.size()); }
 
         BlockedShape input(const std::vector<Shape>& shapes, size_t index) const {
-            return blocked_shape(shapes[index], channels[index], input_borders[index],
+            return blocked_shape(shapes[index], channels[index], input_frames[index],
                                  ("x" + std::to_string(index)).c_str());
         }
 
@@ -47,7 +47,7 @@ class Concat {
                 }
                 y.channels += x.channels;
             }
-            y.border = border;
+            y.frame = frame;
             return y;
         }
 

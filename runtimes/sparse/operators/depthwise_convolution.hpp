@@ -24,23 +24,23 @@ class DepthwiseConvolution {
 
     struct Options {
         int64_t channels;
-        int64_t input_border;
-        int64_t border;
+        Frame input_frame;
+        Frame frame;
         Windows strides_and_pads;
         Grid input_grid;
         OutputGrid grid;
 
         explicit Options(const Attributes& attributes)
             : channels(attributes.channels()),
-              input_border(attributes.integer("input_border", kBorders, 0)),
-              border(attributes.integer("border", kBorders, 0)),
+              input_frame(read_frame(attributes, "input_")),
+              frame(read_frame(attributes, "")),
               strides_and_pads(read_windows(attributes, 1, 1, 2)),
               input_grid(read_grid(attributes, "input")), grid(read_output_grid(attributes)) {
-            require_padding_in_border(strides_and_pads, input_border);
+            require_padding_in_border(strides_and_pads, input_frame.border);
         }
 
         BlockedShape input(const Shape& shape) const {
-            return blocked_shape(shape, channels, input_border, "x");
+            return blocked_shape(shape, channels, input_frame, "x");
         }
 
         Windows windows(const Shape& weight) const {
@@ -56,8 +56,7 @@ class DepthwiseConvolution {
         }
 
         BlockedShape output(const BlockedShape& x, const Windows& windows) const {
-            return {x.images, channels, windows.out_height(x.height), windows.out_width(x.width),
-                    border};
+            return {x.images, channels, windows.out_height(x.height), windows.out_width(x.width), frame};
         }
 
         Shape output_shape(const std::vector<Shape>& inputs) const {
@@ -120,8 +119,8 @@ class DepthwiseConvolution {
 
         Parted(const Windows& windows, const BlockedShape& x, const BlockedShape& y)
             : vertical(windows.vertical), horizontal(windows.horizontal),
-              padded_height(x.height + 2 * x.border), padded_width(x.width + 2 * x.border),
-              first_row(x.border - windows.top), first_column(x.border - windows.left),
+              padded_height(x.height + 2 * x.frame.border), padded_width(x.width + 2 * x.frame.border),
+              first_row(x.frame.border - windows.top), first_column(x.frame.border - windows.left),
               height((padded_height + vertical - 1) / vertical),
               width((padded_width + horizontal - 1) / horizontal),
               pixels((y.height - 1) * width + y.width) {}

@@ -9,13 +9,13 @@ namespace obc::sparse {
 
 struct FromBlocksOptions {
     int64_t channels;
-    int64_t border;
+    Frame frame;
 
     explicit FromBlocksOptions(const Attributes& attributes)
-        : channels(attributes.channels()), border(attributes.integer("input_border", kBorders, 0)) {}
+        : channels(attributes.channels()), frame(read_frame(attributes, "input_")) {}
 
     BlockedShape blocked(const Shape& shape) const {
-        return blocked_shape(shape, channels, border, "x");
+        return blocked_shape(shape, channels, frame, "x");
     }
 
     Shape output_shape(const std::vector<Shape>& inputs) const {
@@ -37,7 +37,7 @@ class FromBlocks {
         const BlockedShape shape = options_.blocked(run.input(0).shape);
         const int64_t area = shape.height * shape.width;
         // Without a border a plane's pixels are one row.
-        const int64_t width = shape.border ? shape.width : area;
+        const int64_t width = shape.frame.border ? shape.width : area;
         run.parallel_planes(shape.images * shape.blocks(), shape.plane_bytes(), [&](int64_t plane) {
             const int64_t image = plane / shape.blocks(), block = plane % shape.blocks();
             uint8_t* first = output.write<uint8_t>() + (image * shape.channels + block * kBlock) * area;

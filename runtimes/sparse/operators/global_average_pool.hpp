@@ -25,7 +25,7 @@ class GlobalAveragePool {
                 refuse("input 'x' has planes of ", x.height * x.width, " pixels, expected at most ",
                        kMostPixels);
             }
-            return {x.images, channels, 1, 1, border};
+            return {x.images, channels, 1, 1, frame};
         }
 
         Shape output_shape(const std::vector<Shape>& inputs) const {
@@ -45,7 +45,7 @@ class GlobalAveragePool {
             fill_border(output.write<uint8_t>() + plane * y.plane_bytes(), y,
                         options_.grid.grid.zero_point);
             int32_t sums[kBlock] = {};
-            if (x.border == 0) {
+            if (x.frame.border == 0) {
                 set_.sum_pixels(pixel(run.input(0), x, plane), pixels, sums);
             } else {
                 for (int64_t row = 0; row < x.height; ++row) {

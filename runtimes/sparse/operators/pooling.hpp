@@ -11,16 +11,16 @@ namespace obc::sparse {
 
 struct PoolOptions {
     int64_t channels;
-    int64_t input_border;
-    int64_t border;
+    Frame input_frame;
+    Frame frame;
 
     explicit PoolOptions(const Attributes& attributes)
         : channels(attributes.channels()),
-          input_border(attributes.integer("input_border", kBorders, 0)),
-          border(attributes.integer("border", kBorders, 0)) {}
+          input_frame(read_frame(attributes, "input_")),
+          frame(read_frame(attributes, "")) {}
 
     BlockedShape input(const Shape& shape) const {
-        return blocked_shape(shape, channels, input_border, "x");
+        return blocked_shape(shape, channels, input_frame, "x");
     }
 };
 
@@ -33,7 +33,7 @@ struct WindowPoolOptions : PoolOptions {
     }
 
     BlockedShape output(const BlockedShape& x) const {
-        return {x.images, channels, windows.out_height(x.height), windows.out_width(x.width), border};
+        return {x.images, channels, windows.out_height(x.height), windows.out_width(x.width), frame};
     }
 
     Shape output_shape(const std::vector<Shape>& inputs) const {

@@ -28,26 +28,26 @@ class SparseConvolution {
 
     struct Options {
         int64_t channels;
-        int64_t input_border;
-        int64_t border;
+        Frame input_frame;
+        Frame frame;
         Windows windows;
         Grid input_grid;
         OutputGrid grid;
         // Of the residual, where the node has these attributes.
         bool takes_residual;
-        int64_t residual_border;
+        Frame residual_frame;
         Grid residual_grid{};
         Grid convolution_grid{};
 
         explicit Options(const Attributes& attributes)
             : channels(attributes.channels()),
-              input_border(attributes.integer("input_border", kBorders, 0)),
-              border(attributes.integer("border", kBorders, 0)), windows(read_windows(attributes, 2)),
+              input_frame(read_frame(attributes, "input_")),
+              frame(read_frame(attributes, "")), windows(read_windows(attributes, 2)),
               input_grid(read_grid(attributes, "input")), grid(read_output_grid(attributes)),
               takes_residual(attributes.has_float("residual_scale")),
-              residual_border(attributes.integer("residual_border", kBorders, 0)) {
+              residual_frame(read_frame(attributes, "residual_")) {
             require_equal_strides(windows);
-            require_padding_in_border(windows, input_border);
+            require_padding_in_border(windows, input_frame.border);
             if (windows.height * windows.width > kMostPositions) {
                 refuse("attribute 'kernel_shape' has ", windows.height * windows.width,
                        " positions, expected at most ", kMostPositions);
@@ -59,12 +59,11 @@ class SparseConvolution {
         }
 
         BlockedShape input(const Shape& shape) const {
-            return blocked_shape(shape, channels, input_border, "x");
+            return blocked_shape(shape, channels, input_frame, "x");
         }
 
         BlockedShape output(const BlockedShape& x, int64_t outputs) const {
-            return {x.images, outputs, windows.out_height(x.height), windows.out_width(x.width),
-                    border};
+            return {x.images, outputs, windows.out_height(x.height), windows.out_width(x.width), frame};
         }
 
         Shape output_shape(const std::vector<Shape>& inputs) const {
@@ -108,7 +107,7 @@ class SparseConvolution {
         if (!options_.takes_residual) return nullptr;
         const Tensor& residual = run.input(kResidual);
         BlockedShape expected = y;
-        expected.border = options_.residual_border;
+        expected.frame = options_.residual_frame;
         require_shape(residual, "residual", shape_of(expected));
         return residual.read<uint8_t>();
     }
@@ -125,8 +124,8 @@ class SparseConvolution {
         const Windows& windows = options_.windows;
         const ConvolutionShape shape{x,
                                      blocks_.outputs,
-                                     options_.border,
-                                     options_.residual_border,
+                                     options_.frame,
+                                     options_.residual_frame,
                                      windows.height,
                                      windows.width,
                                      windows.vertical,

@@ -8,16 +8,16 @@
 namespace obc::sparse {
 
 struct ToBlocksOptions {
-    int64_t border;
+    Frame frame;
 
     explicit ToBlocksOptions(const Attributes& attributes)
-        : border(attributes.integer("border", kBorders, 0)) {}
+        : frame(read_frame(attributes, "")) {}
 
     BlockedShape blocked(const Shape& shape) const {
         bool empty = shape.size() != 4;
         for (size_t i = 1; i < shape.size(); ++i) empty = empty || shape[i] < 1;
         if (empty) refuse("input 'x' has shape ", shape, ", expected [N, C, H, W]");
-        return {shape[0], shape[1], shape[2], shape[3], border};
+        return {shape[0], shape[1], shape[2], shape[3], frame};
     }
 
     Shape output_shape(const std::vector<Shape>& inputs) const {
@@ -34,7 +34,7 @@ void write_blocks(const Run& run, const BlockedShape& shape, int32_t zero_point,
     const Number* numbers = run.input(0).read<Number>();
     const int64_t area = shape.height * shape.width;
     // Without a border a plane's pixels are one row.
-    const int64_t width = shape.border ? shape.width : area;
+    const int64_t width = shape.frame.border ? shape.width : area;
     run.parallel_ranges(shape.images * shape.blocks(), shape.plane_bytes(), [&](int64_t begin, int64_t end) {
         uint8_t room[kBlock][kStretch], zeros[kStretch];
         std::memset(zeros, zero_point, sizeof zeros);

@@ -15,7 +15,6 @@ QUICK = settings(
 SEEDS = st.integers(0, 2**32 - 1)
 SETS = st.sampled_from(instruction_sets() or ["portable"])
 THREADS = st.sampled_from([1, 2, 3])
-BORDERS = st.integers(0, 3)
 CODES = st.integers(0, 255)
 CHANNELS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 12, 17, 32])
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 7, 8, 14, 17, 33])
@@ -58,11 +57,25 @@ class Image:
         return np.random.default_rng([self.seed, 1000])
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What lies around each plane: a border on all sides, and below it rows that hold anything."""
+
+    border: int
+    margin: int = 0
+
+    def attributes(self, whose: str = "") -> dict[str, int]:
+        return {f"{whose}border": self.border, f"{whose}margin": self.margin}
+
+
+FRAMES = st.builds(Frame, st.integers(0, 3), st.sampled_from([0, 0, 1, 2, 9, 15]))
 IMAGES = st.builds(Image, st.integers(1, 3), CHANNELS, SIZES, SIZES, SEEDS)
 
 
-def from_blocks(blocked: np.ndarray, channels: int, border: int, zero_point: int) -> np.ndarray:
+def from_blocks(blocked: np.ndarray, channels: int, frame: Frame, zero_point: int) -> np.ndarray:
     """[N, C, H, W], once borders and spare lanes are known to hold the zero point."""
+    border = frame.border
+    blocked = blocked[:, :, : blocked.shape[2] - frame.margin]
     images, blocks, height, width, lanes = blocked.shape
     assert (blocks, lanes) == (-(-channels // 4), 4)
     inside = slice(border, height - border), slice(border, width - border)
@@ -75,10 +88,15 @@ def from_blocks(blocked: np.ndarray, channels: int, border: int, zero_point: int
     return plain[:, :channels]
 
 
-def to_blocks(plain: np.ndarray, border: int, zero_point: int) -> np.ndarray:
-    """The blocked tensor of codes [N, C, H, W]."""
+def to_blocks(plain: np.ndarray, frame: Frame, zero_point: int) -> np.ndarray:
+    """The blocked tensor of codes [N, C, H, W]; its margins hold codes that nobody may read."""
     images, channels, height, width = plain.shape
+    border = frame.border
     sides = ((0, 0), (0, -channels % 4), (border, border), (border, border))
     padded = np.pad(plain, sides, constant_values=zero_point)
     split = padded.reshape(images, -1, 4, height + 2 * border, width + 2 * border)
-    return np.ascontiguousarray(split.transpose(0, 1, 3, 4, 2))
+    blocked = split.transpose(0, 1, 3, 4, 2)
+    margin = np.resize(
+        np.uint8([91, 7, 255, 0, 130]), (*blocked.shape[:2], frame.margin, *blocked.shape[3:])
+    )
+    return np.concatenate([blocked, margin], axis=2)

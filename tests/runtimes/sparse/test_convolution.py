@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from blocked_cases import (
-    BORDERS,
     CHANNELS,
     CODES,
+    FRAMES,
     IMAGES,
     QUICK,
     SCALES,
@@ -18,6 +18,7 @@ from blocked_cases import (
     SETS,
     SMALL,
     THREADS,
+    Frame,
     Image,
     from_blocks,
     scales,
@@ -28,6 +29,8 @@ from hypothesis import strategies as st
 from sparse_models import INT8, UINT8, Graph, block_sparse, blocks_of, instruction_sets
 
 from obc_deploy.runtimes import sparse
+
+NARROW = st.sampled_from([Frame(0), Frame(0), Frame(1), Frame(0, 2), Frame(0, 9), Frame(1, 1)])
 
 pytestmark = pytest.mark.skipif(not sparse.is_available(), reason=sparse.why_missing())
 
@@ -126,37 +129,38 @@ def sparse_convolution(
 
 @QUICK
 @given(
-    st.data(), IMAGES, CHANNELS, BORDERS, BORDERS, QUANTIZED,
+    st.data(), IMAGES, CHANNELS, FRAMES, FRAMES, QUANTIZED,
     st.sampled_from([0.0, 0.1, 0.5, 1.0]), SETS, THREADS,
 )  # fmt: skip
 def test_sparse_convolution_equals_qlinearconv(
-    data, image, outputs, input_border, border, how, density, instructions, threads
+    data, image, outputs, input_frame, frame, how, density, instructions, threads
 ):
-    where = data.draw(windows(input_border, equal_strides=True))
+    where = data.draw(windows(input_frame.border, equal_strides=True))
     assume(where.fits(image))
     check_convolution(
-        where, image, outputs, (input_border, border), density, how, instructions, threads
+        where, image, outputs, (input_frame, frame), density, how, instructions, threads
     )
 
 
-def check_convolution(where, image, outputs, borders, density, how, instructions, threads):
-    """Against QLinearConv; borders of the input and the output."""
-    input_border, border = borders
+def check_convolution(where, image, outputs, frames, density, how, instructions, threads):
+    """Against QLinearConv; frames of the input and the output."""
+    input_frame, frame = frames
     random = image.random()
     weight = block_sparse(random, outputs, image.channels, *where.kernel, density)
     scale, bias = how.weight_scale(random, outputs), how.bias(random, outputs)
     graph = Graph()
     x, codes = graph.input("x", image.codes()), image.codes()
     expected = reference(graph, x, weight, scale, bias, how, where)
-    blocked = graph.input("blocked", to_blocks(codes, input_border, how.input_zero_point))
+    blocked = graph.input("blocked", to_blocks(codes, input_frame, how.input_zero_point))
     found = sparse_convolution(
         graph, blocked, weight, scale, bias,
-        input_border=input_border, border=border, **how.attributes(), **where.attributes(),
+        **input_frame.attributes("input_"), **frame.attributes(), **how.attributes(),
+        **where.attributes(),
     )  # fmt: skip
-    feeds = {"x": codes, "blocked": to_blocks(codes, input_border, how.input_zero_point)}
+    feeds = {"x": codes, "blocked": to_blocks(codes, input_frame, how.input_zero_point)}
     with sparse.use_instruction_set(instructions):
         wanted, made = graph.run(feeds, {expected: UINT8, found: UINT8}, threads)
-    np.testing.assert_array_equal(from_blocks(made, outputs, border, how.output_zero_point), wanted)
+    np.testing.assert_array_equal(from_blocks(made, outputs, frame, how.output_zero_point), wanted)
 
 
 TOGETHER = (0, 0, 0, 0, 1, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 7, 8, 9, 8, 9, 8, 9, 8, 10, 10, 11)
@@ -186,7 +190,7 @@ def test_channels_that_share_their_blocks_equal_qlinearconv(
     graph = Graph()
     codes = image.codes()
     expected = reference(graph, graph.input("x", codes), weight, scale, bias, how, where)
-    blocks = to_blocks(codes, border, how.input_zero_point)
+    blocks = to_blocks(codes, Frame(border), how.input_zero_point)
     found = sparse_convolution(
         graph, graph.input("blocked", blocks), weight, scale, bias,
         input_border=border, border=1, **how.attributes(), **where.attributes(),
@@ -195,22 +199,24 @@ def test_channels_that_share_their_blocks_equal_qlinearconv(
         wanted, made = graph.run(
             {"x": codes, "blocked": blocks}, {expected: UINT8, found: UINT8}, 1
         )
-    np.testing.assert_array_equal(from_blocks(made, len(weight), 1, how.output_zero_point), wanted)
+    np.testing.assert_array_equal(
+        from_blocks(made, len(weight), Frame(1), how.output_zero_point), wanted
+    )
 
 
 @QUICK
 @given(
-    st.data(), IMAGES, CHANNELS, BORDERS, BORDERS, QUANTIZED, SCALES, CODES, SCALES, CODES,
+    st.data(), IMAGES, CHANNELS, FRAMES, FRAMES, QUANTIZED, SCALES, CODES, SCALES, CODES,
     st.tuples(CODES, CODES).map(sorted), SETS, THREADS,
 )  # fmt: skip
 def test_residual_and_bounds_equal_the_separate_operators(
-    data, image, outputs, border, residual_border, how, residual_scale, residual_zero,
+    data, image, outputs, frame, residual_frame, how, residual_scale, residual_zero,
     scale, zero, bounds, instructions, threads,
 ):  # fmt: skip
-    where = data.draw(windows(border, equal_strides=True))
+    where = data.draw(windows(frame.border, equal_strides=True))
     assume(where.fits(image))
     check_residual(
-        where, image, outputs, (border, border, residual_border), how, residual_scale,
+        where, image, outputs, (frame, frame, residual_frame), how, residual_scale,
         residual_zero, scale, zero, bounds, instructions, threads,
     )  # fmt: skip
 
@@ -218,13 +224,13 @@ def test_residual_and_bounds_equal_the_separate_operators(
 @QUICK
 @given(
     st.builds(Image, st.integers(1, 3), CHANNELS, SMALL, SMALL, SEEDS), CHANNELS,
-    st.tuples(st.integers(1, 2), st.integers(0, 1), st.integers(0, 1)), QUANTIZED, SETS,
+    st.tuples(st.sampled_from([Frame(1), Frame(2, 3)]), NARROW, NARROW), QUANTIZED, SETS,
 )  # fmt: skip
 def test_planes_smaller_than_a_vector_equal_the_separate_operators(
-    image, outputs, borders, how, instructions
+    image, outputs, frames, how, instructions
 ):
     check_residual(
-        Windows((3, 3), (1, 1), (1, 1, 1, 1)), image, outputs, borders, how,
+        Windows((3, 3), (1, 1), (1, 1, 1, 1)), image, outputs, frames, how,
         0.02, 9, 0.03, 2, (2, 250), instructions, 1,
     )  # fmt: skip
 
@@ -240,7 +246,7 @@ def test_sums_near_where_rounding_changes_equal_the_separate_operators(
     # Ratios that are small fractions put many sums halfway between two codes.
     how = Quantized(0.03, 3, 0.05, 128, one_weight_scale=True, with_bias=True)
     check_residual(
-        Windows((1, 1), (1, 1), (0, 0, 0, 0)), Image(2, 16, 24, 24, 0), 32, (0, 0, 0), how,
+        Windows((1, 1), (1, 1), (0, 0, 0, 0)), Image(2, 16, 24, 24, 0), 32, (Frame(0),) * 3, how,
         residual_scale, 100, scale, 120, (0, 255), instructions, 1,
     )  # fmt: skip
 
@@ -252,8 +258,8 @@ def test_neighbours_of_one_tensor_may_lie_apart_in_another(size, borders, instru
     # Where rows of two pixels follow each other without a border, four pixels lie side by side.
     how = Quantized(0.03, 3, 0.05, 7, one_weight_scale=True, with_bias=True)
     check_residual(
-        Windows((3, 3), (1, 1), (1, 1, 1, 1)), Image(1, 12, *size, 0), 8, borders, how,
-        0.02, 9, 0.03, 2, (2, 250), instructions, 1,
+        Windows((3, 3), (1, 1), (1, 1, 1, 1)), Image(1, 12, *size, 0), 8,
+        [Frame(border) for border in borders], how, 0.02, 9, 0.03, 2, (2, 250), instructions, 1,
     )  # fmt: skip
 
 
@@ -261,10 +267,10 @@ def check_with_and_without_residual(kernel, stride, image, outputs, density, ins
     """A square kernel whose padding keeps the size, but for the stride."""
     how = Quantized(0.03, 3, 0.05, 7, one_weight_scale=False, with_bias=True)
     where = Windows((kernel, kernel), (stride, stride), (kernel // 2,) * 4)
-    borders = (kernel // 2, 1, 0)
-    check_convolution(where, image, outputs, borders[:2], density, how, instructions, threads)
+    frames = (Frame(kernel // 2), Frame(1), Frame(0))
+    check_convolution(where, image, outputs, frames[:2], density, how, instructions, threads)
     check_residual(
-        where, image, outputs, borders, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
+        where, image, outputs, frames, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
     )
 
 
@@ -299,11 +305,11 @@ def test_tensors_far_beyond_the_caches_equal_the_separate_operators(
 @given(
     st.sampled_from([(4, 4), (4, 12), (8, 8), (28, 28), (16, 64), (32, 32), (7, 7), (14, 14)]),
     st.sampled_from([1, 2]), st.sampled_from([3, 4, 60, 130, 530]), CHANNELS, st.integers(1, 3),
-    st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 1)), QUANTIZED, SEEDS, SETS,
+    st.tuples(NARROW, NARROW, NARROW), QUANTIZED, SEEDS, SETS,
     THREADS, st.booleans(),
 )  # fmt: skip
 def test_1x1_convolutions_equal_the_separate_operators(
-    size, stride, channels, outputs, images, borders, how, seed, instructions, threads,
+    size, stride, channels, outputs, images, frames, how, seed, instructions, threads,
     with_residual,
 ):  # fmt: skip
     # Tiles of whole vectors are read where they are, and an image's last one reaches back over its
@@ -312,18 +318,18 @@ def test_1x1_convolutions_equal_the_separate_operators(
     image = Image(images, channels, *(stride * extent for extent in size), seed)
     if with_residual:
         check_residual(
-            where, image, outputs, borders, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
+            where, image, outputs, frames, how, 0.02, 9, 0.03, 2, (2, 250), instructions, threads
         )
     else:
-        check_convolution(where, image, outputs, borders[:2], 0.3, how, instructions, threads)
+        check_convolution(where, image, outputs, frames[:2], 0.3, how, instructions, threads)
 
 
 def check_residual(
-    where, image, outputs, borders, how, residual_scale, residual_zero, scale, zero, bounds,
+    where, image, outputs, frames, how, residual_scale, residual_zero, scale, zero, bounds,
     instructions, threads,
 ):  # fmt: skip
-    """Against QLinearConv, Add and Clip; borders of the input, the output and the residual."""
-    border, out_border, residual_border = borders
+    """Against QLinearConv, Add and Clip; frames of the input, the output and the residual."""
+    frame, out_frame, residual_frame = frames
     random = image.random()
     weight = block_sparse(random, outputs, image.channels, *where.kernel, 0.4)
     weight_scale, bias = how.weight_scale(random, outputs), how.bias(random, outputs)
@@ -349,14 +355,15 @@ def check_residual(
     feeds = {
         "x": codes,
         "other": other,
-        "blocked": to_blocks(codes, border, how.input_zero_point),
-        "residual": to_blocks(other, residual_border, residual_zero),
+        "blocked": to_blocks(codes, frame, how.input_zero_point),
+        "residual": to_blocks(other, residual_frame, residual_zero),
     }
     graph.input("blocked", feeds["blocked"])
     graph.input("residual", feeds["residual"])
     found = sparse_convolution(
         graph, "blocked", weight, weight_scale, bias, "residual", **where.attributes(),
-        input_border=border, border=out_border, residual_border=residual_border,
+        **frame.attributes("input_"), **out_frame.attributes(),
+        **residual_frame.attributes("residual_"),
         input_scale=how.input_scale, input_zero_point=how.input_zero_point,
         convolution_scale=how.output_scale, convolution_zero_point=how.output_zero_point,
         residual_scale=residual_scale, residual_zero_point=residual_zero,
@@ -364,15 +371,15 @@ def check_residual(
     )  # fmt: skip
     with sparse.use_instruction_set(instructions):
         wanted, made = graph.run(feeds, {expected: UINT8, found: UINT8}, threads, optimize=False)
-    np.testing.assert_array_equal(from_blocks(made, outputs, out_border, zero), wanted)
+    np.testing.assert_array_equal(from_blocks(made, outputs, out_frame, zero), wanted)
 
 
 @QUICK
-@given(st.data(), IMAGES, BORDERS, BORDERS, QUANTIZED, SETS, THREADS)
+@given(st.data(), IMAGES, FRAMES, FRAMES, QUANTIZED, SETS, THREADS)
 def test_depthwise_convolution_equals_qlinearconv(
-    data, image, input_border, border, how, instructions, threads
+    data, image, input_frame, frame, how, instructions, threads
 ):
-    where = data.draw(windows(input_border, equal_strides=False))
+    where = data.draw(windows(input_frame.border, equal_strides=False))
     assume(where.fits(image))
     random, channels = image.random(), image.channels
     weight = block_sparse(random, channels, 1, *where.kernel, 1.0)
@@ -381,19 +388,17 @@ def test_depthwise_convolution_equals_qlinearconv(
     graph = Graph()
     graph.input("x", codes)
     expected = reference(graph, "x", weight, scale, bias, how, where, group=channels)
-    feeds = {"x": codes, "blocked": to_blocks(codes, input_border, how.input_zero_point)}
+    feeds = {"x": codes, "blocked": to_blocks(codes, input_frame, how.input_zero_point)}
     graph.input("blocked", feeds["blocked"])
     inputs = ["blocked", graph.constant(weight), graph.constant(scale)]
     inputs += [] if bias is None else [graph.constant(bias)]
     found = graph.sparse(
-        "DepthwiseConvolution", inputs, channels=channels, input_border=input_border,
-        border=border, **how.attributes(), **where.attributes(),
+        "DepthwiseConvolution", inputs, channels=channels, **input_frame.attributes("input_"),
+        **frame.attributes(), **how.attributes(), **where.attributes(),
     )  # fmt: skip
     with sparse.use_instruction_set(instructions):
         wanted, made = graph.run(feeds, {expected: UINT8, found: UINT8}, threads)
-    np.testing.assert_array_equal(
-        from_blocks(made, channels, border, how.output_zero_point), wanted
-    )
+    np.testing.assert_array_equal(from_blocks(made, channels, frame, how.output_zero_point), wanted)
 
 
 @pytest.mark.parametrize("instructions", sparse.INSTRUCTION_SETS)
@@ -403,7 +408,7 @@ def test_largest_weights_and_codes_do_not_saturate(instructions):
     weight[1] = weight[3] = -128
     codes = np.full((1, 64, 5, 5), 255, np.uint8)
     graph = Graph()
-    graph.input("blocked", to_blocks(codes, 0, 0))
+    graph.input("blocked", to_blocks(codes, Frame(0), 0))
     scale = np.float32([1, 1, 2**-15, 2**-15])
     found = sparse_convolution(
         graph, "blocked", weight, scale, None, input_scale=1.0, input_zero_point=0,
@@ -411,12 +416,12 @@ def test_largest_weights_and_codes_do_not_saturate(instructions):
     )  # fmt: skip
     try:
         with sparse.use_instruction_set(instructions):
-            (made,) = graph.run({"blocked": to_blocks(codes, 0, 0)}, {found: UINT8})
+            (made,) = graph.run({"blocked": to_blocks(codes, Frame(0), 0)}, {found: UINT8})
     except ValueError:
         pytest.skip(f"no {instructions} here")
     sums = np.array([255 * 127 * 64, -255 * 128 * 64, 255 * 127 * 64, -255 * 128 * 64])
     wanted = np.clip(np.rint(sums * scale / 8192) + 128, 0, 255)
-    np.testing.assert_array_equal(from_blocks(made, 4, 0, 128)[0, :, 2, 3], wanted)
+    np.testing.assert_array_equal(from_blocks(made, 4, Frame(0), 128)[0, :, 2, 3], wanted)
 
 
 def test_shapes_may_change_from_run_to_run_and_are_inferred():

@@ -144,7 +144,7 @@ REQUIRED = [
     (node, name)
     for node in VALID
     for name in node.attributes
-    if name not in ("border", "input_border", "input_borders", "pads", "strides")
+    if not name.endswith(("border", "borders", "margin", "margins", "pads", "strides"))
 ]
 
 
@@ -172,6 +172,9 @@ def test_missing_attributes_and_wrong_types(node, name):
         (CONVOLUTION, {"border": 4}, "attribute 'border' is 4, expected 0 to 3"),
         (CONVOLUTION, {"border": -1}, "attribute 'border' is -1"),
         (CONVOLUTION, {"input_border": 4}, "'input_border' is 4, expected 0 to 3"),
+        (CONVOLUTION, {"margin": 16}, "attribute 'margin' is 16, expected 0 to 15"),
+        (CONVOLUTION, {"input_margin": -1}, "'input_margin' is -1, expected 0 to 15"),
+        (CONVOLUTION, {"input_margin": 4}, "expected .* a border of 1 and a margin of 4"),
         (CONVOLUTION, {"input_border": 0}, "'pads' holds 1, expected at most .* border of 0"),
         (CONVOLUTION, {"pads": [1, 1, 2, 1]}, "'pads' holds 2, expected at most"),
         (CONVOLUTION, {"pads": [1, 1]}, "'pads' has 2 values, expected 4"),
@@ -194,6 +197,7 @@ def test_missing_attributes_and_wrong_types(node, name):
         (CONVOLUTION, {"residual_scale": 1.0}, "'residual_zero_point' is missing"),
         (CONVOLUTION, {"channels": 3}, "row 0 for a channel beyond the last|'block_index'"),
         (WITH_RESIDUAL, {"residual_border": 1}, r"'residual' has shape \[1, 1, 4, 4, 4\]"),
+        (WITH_RESIDUAL, {"residual_margin": 1}, r"'residual' has shape \[1, 1, 4, 4, 4\]"),
         (DEPTHWISE, {"strides": [1, 3]}, "'strides' is 3"),
         (DEPTHWISE, {"input_border": 0}, "'pads' holds 1"),
         (DEPTHWISE, {"channels": 6}, r"'weight' has shape .* expected \[6, 1, height, width\]"),
@@ -204,7 +208,7 @@ def test_missing_attributes_and_wrong_types(node, name):
         (TO_BLOCKS, {"border": 9}, "'border' is 9"),
         (QUANTIZE, {"lower": -1}, "'lower' is -1"),
         (FROM_BLOCKS, {"channels": 9}, r"has shape \[1, 2, 6, 6, 4\], expected \[N, 3, H \+ 2"),
-        (FROM_BLOCKS, {"input_border": 3}, "expected .* for 5 channels and a border of 3"),
+        (FROM_BLOCKS, {"input_border": 3}, "expected .* for 5 channels, a border of 3"),
         (MAX_POOL, {"pads": [3, 0, 0, 0]}, "'pads' is .*, expected each below the kernel's size"),
         (MAX_POOL, {"kernel_shape": [9, 1], "pads": [1, 0, 1, 0]}, "padded height of 6, expected"),
         (MAX_POOL, {"strides": [0, 1]}, "'strides' is 0"),
@@ -213,6 +217,8 @@ def test_missing_attributes_and_wrong_types(node, name):
         (ADD, {"input_scales": [1.0]}, "'input_scales' has 1 values, expected 2"),
         (ADD, {"input_scales": [1.0, -2.0]}, "'input_scales' is -2"),
         (ADD, {"input_borders": [1, 0]}, r"input 'b' holds \[N, H, W\] = \[1, 6, 6\]"),
+        (ADD, {"input_margins": [1, 0]}, r"input 'b' holds \[N, H, W\] = \[1, 4, 4\]"),
+        (ADD, {"input_margins": [0]}, "'input_margins' has 1 values, expected 2"),
         (CONCAT, {"channels": [5]}, "'input_borders' has 2 values, expected 1"),
         (CONCAT, {"channels": [5, 13]}, "input 'x1' has shape"),
         (CONVOLUTION_FLOAT, {"lower": 2.0, "upper": 1.0}, "'lower' is 2, expected at most"),
