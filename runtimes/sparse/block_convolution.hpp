@@ -167,6 +167,12 @@ enum class SumsAre {
 // fused multiply-add replaces conversion and product, and rounds as the product alone would.
 constexpr int32_t kRectifiedBits = 0x4b000000;  // of 2^23f
 
+// Those of a band's blocks that are in one group of input blocks.
+struct BlocksOfBand {
+    const Band* band;
+    std::vector<int32_t> blocks;
+};
+
 class ConvolutionPlan;
 
 // The kernels compiled for one instruction set.
@@ -298,6 +304,7 @@ public:
     // column_slot (stride 2 puts even ones first), a vector each.
     int64_t position_rows_;
     int64_t position_columns_;
+    int64_t block_bytes_;  // of them
     std::vector<int32_t> row_slot_;
     std::vector<int32_t> column_slot_;
     std::vector<int32_t> straight_;  // 0, 1, 2...: the slots of a residual's rows and columns
@@ -308,8 +315,9 @@ public:
     // Input blocks group by group: group g is group_start_[g] to group_start_[g + 1] - 1.
     std::vector<int32_t> group_start_;
     int64_t groups() const { return static_cast<int64_t>(group_start_.size()) - 1; }
-    // Blocks by group, then chunk of chunk_ output channels, then size of the bands, then row. Rows
-    // with the fewest blocks come first: a loop that runs as often as it did before is foreseen.
+    // Blocks by group, then chunk of chunk_ output channels, then size of the bands, then row. Rows with the
+    // fewest blocks come first, for a loop that runs as often as it did before is foreseen; or those that
+    // find most of what they load in the first cache (row_order.hpp).
     int64_t chunk_;
     int64_t chunks() const { return (shape_.out_channels + chunk_ - 1) / chunk_; }
     std::vector<BandRow> rows_;
@@ -332,6 +340,10 @@ private:
     LinesAhead add_lines(const BlockedShape& tensor, const TilePlace& place, int64_t PixelRun::*run_start,
                          const int64_t* lane_start);
     void own_border(int64_t image, int64_t y, int64_t first_x, int64_t last_x);
+    bool is_far(int64_t group) const;
+    int64_t first_vector(int32_t index, int64_t group) const;
+    std::vector<int32_t> loads_of(const std::vector<int32_t>& blocks, int64_t group) const;
+    void order_rows(std::vector<BlocksOfBand>& rows, int64_t group) const;
     void order_blocks(const BlockWeights& weights, const std::vector<Band>& bands);
     void add_row(const BlockWeights& weights, const Band& band, const std::vector<int32_t>& blocks, int64_t group);
 };

@@ -5,6 +5,7 @@
 
 #include "bands.hpp"
 #include "block_convolution.hpp"
+#include "row_order.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -17,9 +18,10 @@ namespace {
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of codes that wait, channel by channel, until their chunk is done: they share the first cache
-// with the packed tile.
+// Of codes that wait, channel by channel, until their chunk is done: they share the first cache with the
+// packed tile. Where that is larger anyhow, more rows leave more to choose from for their order.
 constexpr int64_t kChunkBytes = 8 * 1024;
+constexpr int64_t kFarChunkBytes = 64 * 1024;
 
 // Vectors that a halved tile takes less than a whole one: half a product on processors that have two units
 // of 256 bits, and everything else as much, or almost.
@@ -282,6 +284,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     across_ = best.across;
     position_rows_ = best.position_rows;
     position_columns_ = best.position_columns;
+    block_bytes_ = best.block_bytes;
     row_slot_ = slots(position_rows_, flat_ ? 1 : shape.stride);
     column_slot_ = slots(position_columns_, flat_ ? 1 : shape.stride);
     straight_ = slots(std::max(tile.rows, tile.columns), 1);
@@ -293,7 +296,8 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     const int64_t pixels = vectors * kernels.lanes;
     const int64_t channel_bytes = ceil_divide(vectors, 4) * 4 * kernels.lanes;
     const int64_t part_windows = ceil_divide(out_channels, parts_ * kBandWindow);
-    chunk_ = std::min(std::max<int64_t>(1, kChunkBytes / channel_bytes / kBandWindow), part_windows) * kBandWindow;
+    const int64_t chunk_windows = (is_far(0) ? kFarChunkBytes : kChunkBytes) / channel_bytes / kBandWindow;
+    chunk_ = std::min(std::max<int64_t>(1, chunk_windows), part_windows) * kBandWindow;
     order_blocks(weights, bands);
     place_tiles();
 
@@ -322,31 +326,80 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     scratch_.bytes_in_all = bytes + kAlignment;
 }
 
+// Whether a group's tile is larger than the first cache.
+bool ConvolutionPlan::is_far(int64_t group) const {
+    const int64_t blocks = group_start_[group + 1] - group_start_[group];
+    return blocks * block_bytes_ > kernels_->cache_bytes;
+}
+
+// Where a block's first pixels are in a packed tile of its group.
+int64_t ConvolutionPlan::first_vector(int32_t index, int64_t group) const {
+    const int64_t in_blocks = shape_.input.blocks();
+    const int64_t position = index / in_blocks;
+    return ((index % in_blocks - group_start_[group]) * position_rows_ + row_slot_[position / shape_.kernel_width]) *
+               position_columns_ + column_slot_[position % shape_.kernel_width];
+}
+
+// The places of a tile that a row loads: vectors, or blocks where no two have vectors in common.
+std::vector<int32_t> ConvolutionPlan::loads_of(const std::vector<int32_t>& blocks, int64_t group) const {
+    const TileShape& tile = kernels_->shapes[tile_];
+    std::vector<int32_t> places;
+    for (const int32_t index : blocks) {
+        const int64_t first = first_vector(index, group);
+        if (flat_) {
+            places.push_back(static_cast<int32_t>(first / position_columns_));
+            continue;
+        }
+        for (int64_t v = 0; v < int64_t{tile.rows} * tile.columns; ++v) {
+            places.push_back(static_cast<int32_t>(first + v / tile.columns * position_columns_ + v % tile.columns));
+        }
+    }
+    return places;
+}
+
+// Rows with the fewest blocks come first; where the first cache does not hold all of the tile, those that find
+// most of what they load there.
+void ConvolutionPlan::order_rows(std::vector<BlocksOfBand>& rows, int64_t group) const {
+    std::stable_sort(rows.begin(), rows.end(), [](const BlocksOfBand& a, const BlocksOfBand& b) {
+        return a.blocks.size() < b.blocks.size();
+    });
+    if (!is_far(group)) return;
+    const int64_t of_a_block = flat_ ? 1 : position_rows_ * position_columns_;
+    const int64_t kept = kernels_->cache_bytes * of_a_block / block_bytes_;
+    std::vector<std::vector<int32_t>> loads;
+    size_t all = 0;
+    for (const BlocksOfBand& row : rows) {
+        loads.push_back(loads_of(row.blocks, group));
+        all += loads.back().size();
+    }
+    // Rows that load more than is kept leave nothing for the next one.
+    if (all > static_cast<size_t>(kept) * rows.size()) return;
+    const int64_t places = (group_start_[group + 1] - group_start_[group]) * of_a_block;
+    std::vector<BlocksOfBand> ordered;
+    for (const size_t row : order_by_loads(loads, places, kept)) ordered.push_back(std::move(rows[row]));
+    rows = std::move(ordered);
+}
+
 void ConvolutionPlan::order_blocks(const BlockWeights& weights, const std::vector<Band>& bands) {
     const int64_t in_blocks = shape_.input.blocks();
-    struct Row {
-        const Band* band;
-        std::vector<int32_t> blocks;
-    };
     for (int64_t g = 0; g < groups(); ++g) {
         for (size_t start = 0; start < bands.size();) {
             // A window's bands are next to one another, so a chunk's are too.
             const int64_t chunk = bands[start].channel[0] / chunk_;
-            std::vector<Row> rows[kBandSizes];
+            std::vector<BlocksOfBand> rows[kBandSizes];
             for (; start < bands.size() && bands[start].channel[0] / chunk_ == chunk; ++start) {
-                Row row = {&bands[start], {}};
+                BlocksOfBand row = {&bands[start], {}};
                 for (const int32_t index : row.band->blocks) {
                     const int64_t block = index % in_blocks;
                     if (block >= group_start_[g] && block < group_start_[g + 1]) row.blocks.push_back(index);
                 }
                 rows[row.band->size()].push_back(std::move(row));
             }
-            for (std::vector<Row>& same : rows) {
-                std::stable_sort(same.begin(), same.end(),
-                                 [](const Row& a, const Row& b) { return a.blocks.size() < b.blocks.size(); });
+            for (std::vector<BlocksOfBand>& same : rows) {
+                order_rows(same, g);
                 band_rows_.push_back(BandRows{static_cast<int64_t>(rows_.size()), static_cast<int64_t>(same.size()),
                                               static_cast<int64_t>(blocks_.size())});
-                for (const Row& row : same) add_row(weights, *row.band, row.blocks, g);
+                for (const BlocksOfBand& row : same) add_row(weights, *row.band, row.blocks, g);
             }
         }
     }
@@ -361,12 +414,8 @@ void ConvolutionPlan::add_row(const BlockWeights& weights, const Band& band, con
     row.blocks = static_cast<int32_t>(blocks.size());
     rows_.push_back(row);
     for (const int32_t index : blocks) {
-        const int64_t position = index / in_blocks;
-        const int64_t vector = ((index % in_blocks - group_start_[group]) * position_rows_ +
-                                row_slot_[position / shape_.kernel_width]) * position_columns_ +
-                               column_slot_[position % shape_.kernel_width];
         const int64_t block = index % in_blocks - group_start_[group];
-        int64_t start = vector * vector_bytes;
+        int64_t start = first_vector(index, group) * vector_bytes;
         if (kernels_->shapes[tile_].halved) start = block * vector_bytes / 2;
         if (in_place_) start = block * shape_.input.plane_bytes();
         const int32_t offset = static_cast<int32_t>(start);
