@@ -80,6 +80,14 @@ static void accumulate_vectors(const RowsOfBlocks& work) {
     const uint8_t* block = work.blocks;
     const BandRow* const end = work.rows + work.count;
     for (const BandRow* row = work.rows; row != end; ++row) {
+        if constexpr (kChannels == 1 && kEnding != Ending::kSums) {
+            if (row->blocks == 0 && work.bias) {
+                const int64_t channel = row->channel[0];
+                requantize_bias<kVectors, kEnding>(work.bias[channel], work.multiplier[channel], *work.bounds,
+                                                   work.codes + (channel - work.first_channel) * kCodesBytes);
+                continue;
+            }
+        }
         uint8_t* sums[kChannels];
         Lanes::Sums sum[kChannels][kCount];
 #pragma GCC unroll 4

@@ -136,7 +136,7 @@ Cost cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometr
     const double beyond_first = std::max(0.0, 1.0 - kernels.cache_bytes / group_bytes);
     const double beyond_second = std::max(0.0, 1.0 - kOwnSecondCache / group_bytes);
     // A single channel's block, a pair's, four channels': one load serves 1, 2, 4 products.
-    const double a_vector[kBandSizes] = {0.62 + 0.5 * beyond_first + 0.8 * beyond_second,
+    const double a_vector[kBandSizes] = {0.62 + 0.5 * beyond_first + 0.5 * beyond_second,
                                          0.94 + 0.4 * beyond_first + 0.6 * beyond_second,
                                          1.76 + 0.3 * beyond_first + 0.6 * beyond_second};
     double accumulating = 0;

@@ -48,6 +48,18 @@ static OBC_INLINE void requantize(const Lanes::Sums* sums, float channel_multipl
     }
 }
 
+// The codes of a channel that has no blocks: all its sums are the bias. Apart from the loops over blocks, whose
+// registers it would cost.
+template <int kVectors, Ending kEnding>
+static __attribute__((noinline)) void requantize_bias(int32_t bias, float multiplier, const Arithmetic::Bounds& bounds,
+                                      uint8_t* codes) {
+    const Lanes::Sums sums[4] = {Lanes::start(bias), Lanes::start(bias), Lanes::start(bias), Lanes::start(bias)};
+    requantize<4, kEnding>(sums, multiplier, bounds, codes);
+    const Arithmetic::Packed four = Arithmetic::load(codes);
+#pragma GCC unroll 7
+    for (int first = 4; first < kVectors; first += 4) Arithmetic::store(codes + first * Lanes::kPixels, four);
+}
+
 // The sum of two dequantized codes, quantized: ((own - own zero) * own scale + (other - other zero) * other
 // scale) / scale, each step rounded. Two fused multiply-adds of the codes come so close to it that the
 // integer nearby is another one only next to where rounding changes: there alone it is computed so.
