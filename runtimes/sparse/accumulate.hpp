@@ -79,15 +79,16 @@ static void accumulate_vectors(const RowsOfBlocks& work) {
     const int64_t wholes_apart = work.wholes_apart;
     const uint8_t* block = work.blocks;
     const BandRow* const end = work.rows + work.count;
-    for (const BandRow* row = work.rows; row != end; ++row) {
-        if constexpr (kChannels == 1 && kEnding != Ending::kSums) {
-            if (row->blocks == 0 && work.bias) {
-                const int64_t channel = row->channel[0];
-                requantize_bias<kVectors, kEnding>(work.bias[channel], work.multiplier[channel], *work.bounds,
-                                                   work.codes + (channel - work.first_channel) * kCodesBytes);
-                continue;
-            }
+    const BandRow* row = work.rows;
+    if constexpr (kChannels == 1 && kEnding != Ending::kSums) {
+        // Rows without blocks come first.
+        for (; work.bias && row != end && row->blocks == 0; ++row) {
+            const int64_t channel = row->channel[0];
+            requantize_bias<kVectors, kEnding>(work.bias[channel], work.multiplier[channel], *work.bounds,
+                                               work.codes + (channel - work.first_channel) * kCodesBytes);
         }
+    }
+    for (; row != end; ++row) {
         uint8_t* sums[kChannels];
         Lanes::Sums sum[kChannels][kCount];
 #pragma GCC unroll 4

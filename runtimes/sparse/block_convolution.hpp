@@ -317,7 +317,7 @@ public:
     int64_t groups() const { return static_cast<int64_t>(group_start_.size()) - 1; }
     // Blocks by group, then chunk of chunk_ output channels, then size of the bands, then row. Rows with the
     // fewest blocks come first, for a loop that runs as often as it did before is foreseen; or those that
-    // find most of what they load in the first cache (row_order.hpp).
+    // find most of what they load in the first cache (row_order.hpp). Either way, those without any come first.
     int64_t chunk_;
     int64_t chunks() const { return (shape_.out_channels + chunk_ - 1) / chunk_; }
     std::vector<BandRow> rows_;

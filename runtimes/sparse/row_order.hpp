@@ -12,7 +12,8 @@ namespace obc {
 namespace sparse {
 
 // Each row after those that loaded most of what it loads: the row of the largest share that is still among
-// the `kept` places loaded last comes next. `loads` are each row's places, from 0 to places - 1.
+// the `kept` places loaded last comes next, and rows that load nothing come first. `loads` are each row's
+// places, from 0 to places - 1.
 std::vector<size_t> order_by_loads(const std::vector<std::vector<int32_t>>& loads, int64_t places, int64_t kept);
 
 }  // namespace sparse
