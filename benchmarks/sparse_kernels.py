@@ -48,7 +48,7 @@ from obc_deploy.benchmarks.sparse_layer_costs import (
     block_sparse_codes,
 )
 from obc_deploy.errors import MeasurementError, ObcDeployError
-from obc_deploy.exporters.frames import Frame, gains_by_margin, margin_of
+from obc_deploy.exporters.frames import Frame, gains_by_margin
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.runtimes import sparse
 
@@ -179,12 +179,9 @@ class Layer:
 
     def frame(self, blocks: int) -> Frame:
         """Of the input, as an exporter would choose it for so many blocks with non-zero weights."""
-        shape, size = self.shape, self.shape.size
-        if shape.pad or not gains_by_margin(
-            [shape.kernel] * 2, [shape.stride] * 2, blocks, shape.channels
-        ):
-            return Frame(shape.pad)
-        return Frame(margin=margin_of(size, size))
+        shape, windows = self.shape, self.windows
+        gains = gains_by_margin(windows["kernel_shape"], windows["strides"], blocks, shape.channels)
+        return Frame.around(shape.size, shape.size, border=shape.pad, gains_by_margin=gains)
 
     @property
     def scale(self) -> float:

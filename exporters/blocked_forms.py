@@ -127,7 +127,7 @@ class BlockedForm:
     @property
     def gains_by_margin(self) -> bool:
         """It is faster where its input's planes begin with cache lines."""
-        if self.stored is None or self.padding:
+        if self.stored is None:
             return False
         what = self.attributes
         return gains_by_margin(

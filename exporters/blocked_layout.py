@@ -19,7 +19,7 @@ import onnx_ir as ir
 from obc_deploy.exporters.blocked_forms import BlockedForm, blocked_forms, plane_of
 from obc_deploy.exporters.cheapest_forms import Choice, Passing, cheapest_forms
 from obc_deploy.exporters.edit import add_initializer, constant, drop_dead, insert_before
-from obc_deploy.exporters.frames import Frame, margin_of
+from obc_deploy.exporters.frames import Frame
 from obc_deploy.exporters.sparse_cost import nanoseconds, residual_ns
 from obc_deploy.runtimes.sparse import DOMAIN, DOMAIN_VERSION
 
@@ -168,10 +168,12 @@ class _Writer:
             readers = [] if passed is None else passed.readers
             readers = [form for form in readers if id(form) in self._chosen]
             border = max((form.padding for form in readers), default=0)
-            plane, margin = plane_of(value), 0
-            if plane and not border and any(form.gains_by_margin for form in readers):
-                margin = margin_of(plane.height, plane.width)
-            known = self._frames[id(value)] = Frame(border, margin)
+            plane = plane_of(value)
+            known = Frame(border) if plane is None else Frame.around(
+                plane.height, plane.width, border=border,
+                gains_by_margin=any(form.gains_by_margin for form in readers),
+            )  # fmt: skip
+            self._frames[id(value)] = known
         return known
 
     def _insert(

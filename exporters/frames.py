@@ -33,6 +33,20 @@ class Frame:
     border: int = 0
     margin: int = 0
 
+    @classmethod
+    def around(cls, height: int, width: int, *, border: int, gains_by_margin: bool) -> Frame:
+        """A border as wide as readers pad, or without one a margin, where it makes one faster.
+
+        Args:
+            height: of the plane, in pixels.
+            width: of the plane, in pixels.
+            border: the widest padding of a reader.
+            gains_by_margin: whether a reader does.
+        """
+        if border or not gains_by_margin:
+            return cls(border)
+        return cls(margin=margin_of(height, width))
+
     def attributes(self, whose: str = "") -> dict[str, int]:
         """Of the operator that makes the tensor, or with a prefix of one that reads it."""
         found = {f"{whose}border": self.border}

@@ -8,8 +8,8 @@
 struct RowsOfBlocks {
     const uint8_t* tile;
     int64_t pitch;            // bytes from a row of vectors to the next
-    // Of a halved tile the last vectors of all blocks, by their blocks' offsets, and how much farther apart the others
-    // are.
+    // Of a halved tile: the last vectors of all blocks, which are at the blocks' offsets, and how many times as
+    // far apart the others are.
     const uint8_t* halves;
     int64_t wholes_apart;
     const uint8_t* blocks;    // of the rows, one after the other: see ConvolutionPlan::blocks_
@@ -119,8 +119,8 @@ static void accumulate_vectors(const RowsOfBlocks& work) {
                                                                         block + left * kBlockBytes);
 #pragma GCC unroll 4
                 for (int c = 1; c < kChains; ++c) {
-                    add_block<kColumns, kHalved, kChannels, kFirst, kCount>(others[c - 1], tile, pitch, halves, wholes_apart,
-                                                                   block + (left + c) * kBlockBytes);
+                    add_block<kColumns, kHalved, kChannels, kFirst, kCount>(
+                        others[c - 1], tile, pitch, halves, wholes_apart, block + (left + c) * kBlockBytes);
                 }
             }
 #pragma GCC unroll 28

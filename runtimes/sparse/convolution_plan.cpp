@@ -415,9 +415,9 @@ void ConvolutionPlan::add_row(const BlockWeights& weights, const Band& band, con
     rows_.push_back(row);
     for (const int32_t index : blocks) {
         const int64_t block = index % in_blocks - group_start_[group];
-        int64_t start = first_vector(index, group) * vector_bytes;
-        if (kernels_->shapes[tile_].halved) start = block * vector_bytes / 2;
-        if (in_place_) start = block * shape_.input.plane_bytes();
+        const int64_t start = in_place_                         ? block * shape_.input.plane_bytes()
+                              : kernels_->shapes[tile_].halved ? block * vector_bytes / 2
+                                                               : first_vector(index, group) * vector_bytes;
         const int32_t offset = static_cast<int32_t>(start);
         const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(&offset);
         blocks_.insert(blocks_.end(), bytes, bytes + kOffsetBytes);

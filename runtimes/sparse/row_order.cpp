@@ -1,7 +1,9 @@
 // The row that finds most of its loads in the first cache comes next.
 #include "row_order.hpp"
 
+#include <algorithm>
 #include <deque>
+#include <numeric>
 
 namespace obc {
 namespace sparse {
@@ -67,22 +69,15 @@ private:
 std::vector<size_t> order_by_loads(const std::vector<std::vector<int32_t>>& loads, int64_t places, int64_t kept) {
     LoadedLast loaded(loads, places, kept);
     std::vector<size_t> left(loads.size());
-    for (size_t row = 0; row < left.size(); ++row) left[row] = row;
+    std::iota(left.begin(), left.end(), size_t{0});
     std::vector<size_t> order;
     while (!left.empty()) {
-        size_t next = 0;
-        double most = -1;
-        for (size_t i = 0; i < left.size(); ++i) {
-            const double share = loaded.share_of(left[i]);
-            if (share > most) {
-                most = share;
-                next = i;
-            }
-        }
-        const size_t row = left[next];
-        left.erase(left.begin() + static_cast<std::ptrdiff_t>(next));
-        order.push_back(row);
-        loaded.load(row);
+        const auto next = std::max_element(left.begin(), left.end(), [&loaded](size_t a, size_t b) {
+            return loaded.share_of(a) < loaded.share_of(b);
+        });
+        order.push_back(*next);
+        left.erase(next);
+        loaded.load(order.back());
     }
     return order;
 }

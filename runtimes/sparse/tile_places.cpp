@@ -44,20 +44,21 @@ void ConvolutionPlan::place_flat(int64_t tile, const std::vector<int64_t>& start
     const int64_t stride = shape_.stride;
     const int64_t image_pixels = output_.height * output_.width;
     const size_t tiles = starts.size() - 1;  // of the list, which in place is an image's
-    const int64_t first_image = tile / static_cast<int64_t>(tiles);
-    const int64_t begin = first_image * image_pixels + starts[static_cast<size_t>(tile) % tiles];
-    const int64_t end = first_image * image_pixels + starts[static_cast<size_t>(tile) % tiles + 1];
+    const int64_t list = tile / static_cast<int64_t>(tiles);
+    const int64_t first = list * image_pixels;
+    const int64_t begin = first + starts[static_cast<size_t>(tile) % tiles];
+    const int64_t end = first + starts[static_cast<size_t>(tile) % tiles + 1];
     int64_t start = begin;
     if (in_place_) {
         // What follows the last pixel is the plane's too; else the tile begins over the one above.
         const int64_t last = input.plane_bytes() / kBlock - kernels_->shapes[tile_].pixels(kernels_->lanes);
-        start = first_image * image_pixels + std::min(begin - first_image * image_pixels, last);
-        place.first_pixel = first_image * input.image_bytes() + (start - first_image * image_pixels) * kBlock;
+        start = std::min(begin, first + last);
+        place.first_pixel = list * input.image_bytes() + (start - first) * kBlock;
     }
     int64_t image = begin / image_pixels;
     int64_t y = begin % image_pixels / output_.width;
     int64_t x = begin % image_pixels % output_.width;
-    const size_t first = pixel_runs_.size();
+    const size_t first_run = pixel_runs_.size();
     for (int64_t pixel = begin; pixel < end;) {
         int64_t pixels = output_.width - x;
         if (pixels > end - pixel) pixels = end - pixel;
@@ -65,7 +66,7 @@ void ConvolutionPlan::place_flat(int64_t tile, const std::vector<int64_t>& start
                               image * output_.image_bytes() + output_.offset(y, x),
                               image * residual_shape_.image_bytes() + residual_shape_.offset(y, x),
                               static_cast<int32_t>(pixel - start), static_cast<int32_t>(pixels)};
-        const bool any = pixel_runs_.size() > first;
+        const bool any = pixel_runs_.size() > first_run;
         const int64_t before = any ? int64_t{pixel_runs_.back().pixels} * kBlock : -1;
         if (stride == 1 && any && run.input == pixel_runs_.back().input + before &&
             run.output == pixel_runs_.back().output + before &&
@@ -82,7 +83,7 @@ void ConvolutionPlan::place_flat(int64_t tile, const std::vector<int64_t>& start
             ++image;
         }
     }
-    place.pixel_runs = static_cast<int64_t>(pixel_runs_.size() - first);
+    place.pixel_runs = static_cast<int64_t>(pixel_runs_.size() - first_run);
 }
 
 // Whether lanes are neighbours in memory, four at a time.

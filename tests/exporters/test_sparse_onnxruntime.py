@@ -26,7 +26,13 @@ from typer.testing import CliRunner
 from obc_deploy.cli import app
 from obc_deploy.compression import compress
 from obc_deploy.errors import ExportError, RuntimeFailedError, RuntimeMissingError
-from obc_deploy.exporters import blocked_layout, operator_costs, parity, sparse_linear
+from obc_deploy.exporters import (
+    blocked_layout,
+    frames,
+    operator_costs,
+    parity,
+    sparse_linear,
+)
 from obc_deploy.exporters.cheapest_forms import Choice, Passing, cheapest_forms
 from obc_deploy.exporters.operator_costs import COSTS, costs_of, deciding_costs, processor_here
 from obc_deploy.exporters.rewritten_file import rewrite_onnx
@@ -278,7 +284,7 @@ def test_planes_that_end_within_a_line_get_a_margin(everywhere, monkeypatch, tmp
     assert set(margins) == {2, 9}  # 16 rows of 14 pixels, 16 rows of 7
     assert all(margin == 0 for name, (_, margin) in made.items() if name not in read_in_place)
     with monkeypatch.context() as patch:
-        patch.setattr(blocked_layout, "margin_of", lambda *_: 0)
+        patch.setattr(frames, "margin_of", lambda *_: 0)
         plain = model.export(tmp_path / "without", target=SPARSE, dynamic_batch=True).path
     assert not any(attribute(node, "margin") for node in onnx.load(plain).graph.node)
     with torch.no_grad():

@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from sparse_models import instruction_sets
 
+from obc_deploy.exporters.frames import Frame
+
 QUICK = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -55,17 +57,6 @@ class Image:
 
     def random(self) -> np.random.Generator:
         return np.random.default_rng([self.seed, 1000])
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What lies around each plane: a border on all sides, and below it rows that hold anything."""
-
-    border: int
-    margin: int = 0
-
-    def attributes(self, whose: str = "") -> dict[str, int]:
-        return {f"{whose}border": self.border, f"{whose}margin": self.margin}
 
 
 FRAMES = st.builds(Frame, st.integers(0, 3), st.sampled_from([0, 0, 1, 2, 9, 15]))
