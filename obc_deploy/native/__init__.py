@@ -35,11 +35,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         _INT64,
         (_POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER),
     ),
-    "obc_replay": (
+    "obc_best_weights": (
         _INT64,
-        (_POINTER, _INT64, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER),
+        (_POINTER, _INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
     ),
-    "obc_selected_solve": (_INT64, (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER)),
     "obc_find_grid": (_INT64, (_POINTER, _INT64, _POINTER)),
     "obc_update_rate": (ctypes.c_double, (_INT64, _INT64, _INT64, _INT64)),
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
@@ -72,8 +73,8 @@ struct RowSolvers {
     Outcome (*prune_columns)(const Layer&, const GroupZeros&, int32_t* order, void* increase);
     Outcome (*prune_blocks)(const Layer&, int64_t width, int32_t* order, void* increase);
     Outcome (*quantize)(const Layer&, const WeightGrid&, const uint8_t* mask, int8_t* codes);
-    Outcome (*replay)(const Layer&, const int32_t* order, int64_t steps, int64_t width,
-                      const int64_t* counts, int64_t levels, float* weights);
+    Outcome (*best_weights)(const Layer&, const int32_t* order, const int64_t* counts,
+                            int64_t levels, const double* target, void* weights);
     double (*update_rate)(int64_t size, int64_t depth, int64_t repeats);
 };
 
@@ -81,8 +82,6 @@ struct InstructionSet {
     const char* name;
     RowSolvers float32;
     RowSolvers float64;
-    Outcome (*selected_solve)(const Layer&, const double* matrices, const uint8_t* mask,
-                              const double* right, double* solution);
     Outcome (*find_grid)(const GridSearch&, int64_t threads, Control*);
 };
 

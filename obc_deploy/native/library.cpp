@@ -85,17 +85,11 @@ int64_t obc_quantize(const Layer* layer, int64_t bits, const double* scale,
     return outcome_of([&] { return solvers(bits).quantize(*layer, grid, mask, codes); });
 }
 
-int64_t obc_replay(const Layer* layer, int64_t bits, const int32_t* order, int64_t steps,
-                   int64_t width, const int64_t* counts, int64_t levels, float* weights) {
+int64_t obc_best_weights(const Layer* layer, int64_t bits, const int32_t* order,
+                         const int64_t* counts, int64_t levels, const double* target,
+                         void* weights) {
     return outcome_of([&] {
-        return solvers(bits).replay(*layer, order, steps, width, counts, levels, weights);
-    });
-}
-
-int64_t obc_selected_solve(const Layer* layer, const double* matrices, const uint8_t* mask,
-                           const double* right, double* solution) {
-    return outcome_of([&] {
-        return now().selected_solve(*layer, matrices, mask, right, solution);
+        return solvers(bits).best_weights(*layer, order, counts, levels, target, weights);
     });
 }
 

@@ -11,5 +11,5 @@ namespace portable {
 }  // namespace portable
 
 constexpr InstructionSet kPortable = {"portable", portable::solvers<float>(), portable::solvers<double>(),
-                               portable::selected_solve, portable::find_grid};
+                               portable::find_grid};
 }  // namespace obc

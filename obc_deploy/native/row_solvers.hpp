@@ -8,8 +8,8 @@
 #include "prune_columns.hpp"
 #include "prune_blocks.hpp"
 #include "quantize.hpp"
-#include "replay.hpp"
-#include "selected_solve.hpp"
+#include "nested_factor.hpp"
+#include "best_weights.hpp"
 #include "find_grid.hpp"
 
 template <class T>
@@ -59,19 +59,11 @@ Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask
 }
 
 template <class T>
-Outcome replay(const Layer& layer, const int32_t* order, int64_t steps, int64_t width,
-               const int64_t* counts, int64_t levels, float* weights) {
-    const Start<T> start(layer);
+Outcome best_weights(const Layer& layer, const int32_t* order, const int64_t* counts,
+                     int64_t levels, const double* target, void* weights) {
     return over_rows(layer, [&] {
-        return std::make_unique<Replay<T>>(layer, start, order, steps, width, counts, levels,
-                                           weights);
-    });
-}
-
-inline Outcome selected_solve(const Layer& layer, const double* matrices, const uint8_t* mask,
-                              const double* right, double* solution) {
-    return over_rows(layer, [&] {
-        return std::make_unique<SelectedSolve>(layer, matrices, mask, right, solution);
+        return std::make_unique<BestWeights<T>>(layer, order, counts, levels, target,
+                                                static_cast<T*>(weights));
     });
 }
 
@@ -99,5 +91,5 @@ double update_rate(int64_t size, int64_t depth, int64_t repeats) {
 
 template <class T>
 constexpr RowSolvers solvers() {
-    return {prune_columns<T>, prune_blocks<T>, quantize<T>, replay<T>, update_rate<T>};
+    return {prune_columns<T>, prune_blocks<T>, quantize<T>, best_weights<T>, update_rate<T>};
 }

@@ -19,10 +19,10 @@ from obc_deploy.solvers import native_rows
 from obc_deploy.solvers.contract import LayerProblem
 from obc_deploy.solvers.dispatch import solve_levels
 from obc_deploy.solvers.exact_obs import (
+    factored_share,
     pattern_kind,
     sparsity_of,
     trace_weights,
-    worth_replaying,
 )
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.problems import check_problem, damp
@@ -102,11 +102,9 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
     for kind in () if shape.pruned else kinds:
         levels = [sparsity_of(p) for p in patterns if pattern_kind(p) == kind]
         total += run(cols, _NM_SHARE if isinstance(kind, NM) else 1.0)
-        if worth_replaying(levels, settings, torch.device("cpu")):
-            total += run(cols)
-        else:
-            solved = sum((min(s, 1 - s) * cols) ** 3 / 3 for s in levels)
-            total += Work(solves=rows * solved)
+        native = native_rows.is_native(settings, torch.device("cpu"))
+        share = factored_share(levels) if native else sum(min(s, 1 - s) ** 3 for s in levels)
+        total += Work(solves=rows * share * cols**3 / 3)
     quantized: set[tuple[Pattern | None, Quantization]] = set()
     for scheme in shape.schemes:
         if scheme.quantization is None:

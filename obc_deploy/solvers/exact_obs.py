@@ -6,7 +6,8 @@ Blocks B of four: loss increase w_Bᵀ (G_BB)⁻¹ w_B. Unstructured and block p
 to its end; the k smallest increases of the whole layer say how long a prefix of its own trace each
 row takes. N:M picks the cheapest index among groups that still have zeros to give (OBC, arXiv
 2208.11580, section 4). Only orders are kept: the weights of any level follow from its mask, by one
-solve for each row, or for many levels at once from one more run in the known order.
+solve for each row, or for many levels at once: compiled rows factor two halves of a row's order,
+each of which serves all levels on its side; on a GPU one more run in the known order serves them all.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from obc_deploy.solvers.replay import replay
 from obc_deploy.solvers.settings import SolverSettings, part_of
 from obc_deploy.solvers.survivors import best_weight
 
-_SOLVES_PER_RUN = 0.5
-"""Solves, in double precision, that take as long as one run in single precision."""
+_DOUBLE = 2.0
+"""How much longer an operation takes in double precision than in single."""
 
 _Pruner = Callable[[torch.Tensor, DowndatedInverse, Progress], tuple[torch.Tensor, torch.Tensor]]
 
@@ -61,6 +62,12 @@ class Trace:
         """The row of every step of the layer, cheapest first."""
         cheapest = torch.argsort(self.increase.flatten(), dim=0, stable=True)
         return cheapest // self.order.shape[1]
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """(rows, steps · width) int64: the columns in the order in which they are pruned."""
+        within = torch.arange(self.width, device=self.order.device)
+        return (self.order.to(torch.int64)[:, :, None] * self.width + within).flatten(1)
 
     def mask(self, counts: torch.Tensor) -> torch.Tensor:
         """(rows, cols) bool, false where the first `counts` steps of each row prune."""
@@ -108,10 +115,9 @@ def exact_obs(
         else:
             run = trace_blocks if isinstance(of_kind[0], Block4) else trace_weights
             levels = [pattern.sparsity for pattern in of_kind if not isinstance(pattern, NM)]
-            replayed = worth_replaying(levels, settings, problem.weight.device)
-            trace = run(problem, settings, part_of(share, 0.0, 0.5 if replayed else 1.0))
-            weigh = _replayed if replayed else _solved
-            pruned = weigh(problem, trace, levels, settings, part_of(share, 0.5, 1.0))
+            weigh, tracing = _way_to_weigh(levels, settings, problem.weight.device)
+            trace = run(problem, settings, part_of(share, 0.0, tracing))
+            pruned = weigh(problem, trace, levels, settings, part_of(share, tracing, 1.0))
             found.update(zip(of_kind, pruned, strict=True))
     progress(1.0)
     return [found[pattern] for pattern in patterns]
@@ -127,16 +133,37 @@ def pattern_kind(pattern: Pattern) -> object:
     return pattern if isinstance(pattern, NM) else type(pattern)
 
 
-def worth_replaying(
+_Weigher = Callable[
+    [DampedProblem, Trace, Sequence[float], SolverSettings, Progress], list[PrunedRows]
+]
+
+
+def _way_to_weigh(
     levels: Sequence[float], settings: SolverSettings, device: torch.device
-) -> bool:
-    """Whether one more run is less work than a solve for each level; counts in cols³ / 3."""
+) -> tuple[_Weigher, float]:
+    """How levels of a trace get their weights, and the trace's share of all the work."""
+    if native_rows.is_native(settings, device):
+        factored = _DOUBLE * factored_share(levels)
+        return partial(_at_once, native_rows.best_weights), 1.0 / (1.0 + factored)
+    if worth_replaying(levels, device):
+        return partial(_at_once, replay), 0.5
+    return _one_by_one, 1.0
+
+
+def worth_replaying(levels: Sequence[float], device: torch.device) -> bool:
+    """Whether one more run on a GPU is less work than a solve for each level."""
     solves = sum(min(level, 1.0 - level) ** 3 for level in levels)
-    quick = device.type != "cpu" or native_rows.is_native(settings, device)
-    return quick and solves > _SOLVES_PER_RUN
+    return device.type != "cpu" and _DOUBLE * solves > 1.0
 
 
-def _solved(
+def factored_share(levels: Sequence[float]) -> float:
+    """Work of two factorizations that serve all levels between them, in cols³ / 3 a row."""
+    early = max((level for level in levels if level < 0.5), default=0.0)
+    late = min((level for level in levels if level >= 0.5), default=1.0)
+    return float(early**3 + (1.0 - late) ** 3)
+
+
+def _one_by_one(
     problem: DampedProblem,
     trace: Trace,
     levels: Sequence[float],
@@ -147,7 +174,10 @@ def _solved(
     return [PrunedRows(mask, best_weight(problem, mask, settings)) for mask in masks]
 
 
-def _replayed(
+def _at_once(
+    weigh: Callable[
+        [DampedProblem, torch.Tensor, torch.Tensor, SolverSettings, Progress], torch.Tensor
+    ],
     problem: DampedProblem,
     trace: Trace,
     levels: Sequence[float],
@@ -156,9 +186,7 @@ def _replayed(
 ) -> list[PrunedRows]:
     ascending = sorted(levels)
     counts = torch.stack([trace.counts(level) for level in ascending], 1)
-    native = native_rows.is_native(settings, counts.device)
-    run = native_rows.replay if native else replay
-    weights = run(problem, trace.order, counts, settings, progress, width=trace.width)
+    weights = weigh(problem, trace.columns, counts * trace.width, settings, progress)
     pruned = {
         level: PrunedRows(trace.mask(count), weight)
         for level, count, weight in zip(ascending, counts.unbind(1), weights, strict=True)

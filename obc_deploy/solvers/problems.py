@@ -203,7 +203,8 @@ def damp(problem: CheckedProblem) -> DampedProblem:
     factor = _factor(damped)
     if factor is None:
         raise ProblemError(_singular_message(problem, hessian, dead))
-    inverse = torch.cholesky_inverse(factor)
+    # Symmetric, and laid out by columns: its transpose is the same matrix by rows, without a copy.
+    inverse = torch.cholesky_inverse(factor).mT.contiguous()
     weight = problem.weight.masked_fill(dead[group_of_row], 0.0)
     return DampedProblem(weight, damped, inverse, group_of_row)
 

@@ -21,35 +21,29 @@ def replay(
     counts: torch.Tensor,
     settings: SolverSettings,
     progress: Progress,
-    *,
-    width: int,
 ) -> torch.Tensor:
-    """Batched torch calls on the problem's device, as `native_rows.replay` is on the CPU.
+    """Batched torch calls for what `native_rows.best_weights` is on the CPU.
 
     Args:
         problem: the layer.
-        order: (rows, steps) the column, or block of columns, pruned at each step.
-        counts: (rows, levels) steps that a row takes to each level.
+        order: (rows, cols) int64, the columns in the order in which they are eliminated.
+        counts: (rows, levels) columns that a row eliminates for each level.
         settings: precision and memory.
         progress: told the share of the work done.
-        width: columns pruned at a step.
 
     Returns:
         (levels, rows, cols) float32.
     """
     rows, cols = problem.weight.shape
     weights = problem.weight.new_empty(counts.shape[1], rows, cols, dtype=torch.float32)
-    eliminated = counts * width
     # The host must know which levels end where; it is told once.
-    at_host = eliminated.cpu()
-    within = torch.arange(width, device=order.device)
-    columns = (order.to(torch.int64)[:, :, None] * width + within).flatten(1)
+    at_host = counts.cpu()
 
     def take(batch: slice, report: Progress) -> None:
         run = DowndatedInverse.of_rows(problem, batch, settings)
         start_weight = problem.weight[batch].to(settings.dtype, copy=True)
         _replay_batch(
-            run, start_weight, columns[batch], eliminated[batch], at_host[batch],
+            run, start_weight, order[batch], counts[batch], at_host[batch],
             weights[:, batch], report,
         )  # fmt: skip
 

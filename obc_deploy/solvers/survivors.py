@@ -8,7 +8,7 @@ forms are equal; a row takes the one with the smaller system. All in float64.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -104,13 +104,17 @@ def best_weight(
 ) -> torch.Tensor:
     """The weights (rows, cols) float64 that minimise the damped error with zeros off the mask."""
     weight = problem.weight
+    if native_rows.is_native(settings, weight.device):
+        # What is pruned comes first.
+        order, counts = mask.to(torch.uint8).argsort(1), (~mask).sum(1, keepdim=True)
+        in_double = replace(settings, dtype=torch.float64)
+        return native_rows.best_weights(problem, order, counts, in_double, lambda _: None)[0]
     by_survivors = (mask.sum(1) * 2 <= mask.shape[1])[:, None]
     result = torch.where(by_survivors, torch.zeros_like(weight), weight)
 
-    native = native_rows.is_native(settings, weight.device)
     groups = problem.hessian.shape[0]
     target = (weight.reshape(groups, -1, weight.shape[1]) @ problem.hessian).reshape(weight.shape)
-    solve = partial(native_rows.selected_solve if native else _selected_solve, problem)
+    solve = partial(_selected_solve, problem)
     result += solve(problem.hessian, mask & by_survivors, target, settings)
     change = solve(problem.inverse, ~mask & ~by_survivors, weight, settings)
     change = (change.reshape(groups, -1, weight.shape[1]) @ problem.inverse).reshape(weight.shape)

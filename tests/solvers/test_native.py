@@ -245,17 +245,21 @@ BLOCK_LEVELS = [1 - 0.75**k for k in range(1, 11)]
     ("trace", "levels"), [(trace_weights, LEVELS), (trace_blocks, BLOCK_LEVELS)]
 )
 @pytest.mark.parametrize("lazy", [None, 4])
-def test_replayed_levels_are_the_best_for_their_masks(shape, trace, levels, lazy, instruction_set):
+def test_levels_at_once_are_the_best_for_their_masks(
+    shape, trace, levels, lazy, instruction_set
+):
     problem = damped(*case(*shape))
     chosen = replace(FLOAT64, lazy=lazy)
     traced = trace(problem, chosen, silent)
-    counts = torch.stack([traced.counts(level) for level in levels], 1)
-    replayed = native_rows.replay(problem, traced.order, counts, chosen, silent, width=traced.width)
-    for weight, count in zip(replayed, counts.unbind(1), strict=True):
+    counts = torch.stack([traced.counts(level) for level in [0.0, *levels, 1.0]], 1)
+    found = native_rows.best_weights(
+        problem, traced.columns, counts * traced.width, chosen, silent
+    )
+    for weight, count in zip(found, counts.unbind(1), strict=True):
         mask = traced.mask(count)
         assert torch.all(weight[~mask] == 0)
-        best = best_weight(problem, mask, TORCH64).to(torch.float32)
-        torch.testing.assert_close(weight, best, rtol=1e-6, atol=1e-6)
+        best = best_weight(problem, mask, TORCH64)
+        torch.testing.assert_close(weight, best, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("shape", [(5, 60), (4, 36, 2, 2)])
@@ -284,15 +288,15 @@ def uneven_mask(rows, cols):
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6, 7), (6, 33, 2), (6, 100), (8, 130, 1, 3)])
-def test_selected_solves_are_numpys(shape, instruction_set):
+def test_best_weights_of_any_mask_are_numpys(shape, instruction_set):
     problem = damped(*case(*shape))
     mask = uneven_mask(*shape[:2])
-    solution = native_rows.selected_solve(problem, problem.hessian, mask, problem.weight, FLOAT64)
-    for row, (keep, right) in enumerate(zip(mask.numpy(), problem.weight.numpy(), strict=True)):
+    found = best_weight(problem, mask, FLOAT64)
+    for row, (keep, weight) in enumerate(zip(mask.numpy(), problem.weight.numpy(), strict=True)):
         matrix = problem.hessian[problem.group_of_row[row]].numpy()
-        expected = np.zeros_like(right)
-        expected[keep] = np.linalg.solve(matrix[np.ix_(keep, keep)], right[keep])
-        np.testing.assert_allclose(solution[row], expected, rtol=1e-9, atol=1e-12)
+        expected = np.zeros_like(weight)
+        expected[keep] = np.linalg.solve(matrix[np.ix_(keep, keep)], (matrix @ weight)[keep])
+        np.testing.assert_allclose(found[row], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6, 12), (6, 33, 2), (4, 100)])
@@ -346,7 +350,7 @@ LARGE_TEXTS = [
 
 
 def test_threads_change_no_bit():
-    """The layer is large enough to be worth threads, and its levels to be replayed."""
+    """The layer is large enough to be worth threads."""
     shares = []
 
     def by_threads(threads):
@@ -395,9 +399,9 @@ LONG_RUNS = {
     "codes": lambda problem, progress: obq_codes(
         problem, find_grid(problem.weight, Quantization(4)), FLOAT64, progress
     ),
-    "replay": lambda problem, progress: native_rows.replay(
-        problem, torch.arange(1500).repeat(64, 1), torch.full((64, 1), 1500), FLOAT64, progress,
-        width=1,
+    "weights": lambda problem, progress: native_rows.best_weights(
+        problem, torch.arange(1500).repeat(64, 1), torch.tensor([[700, 800]]).repeat(64, 1),
+        FLOAT64, progress,
     ),
 }  # fmt: skip
 

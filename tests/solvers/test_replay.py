@@ -34,7 +34,8 @@ def test_replayed_levels_are_the_best_for_their_masks(shape, trace, lazy, memory
     traced = trace(problem, chosen, lambda _: None)
     counts = torch.stack([traced.counts(level) for level in LEVELS], 1)
     shares = [0.0]
-    replayed = replay(problem, traced.order, counts, chosen, shares.append, width=traced.width)
+    eliminated = counts * traced.width
+    replayed = replay(problem, traced.columns, eliminated, chosen, shares.append)
     assert shares == sorted(shares)
     assert shares[-1] <= 1.0
     for weight, count in zip(replayed, counts.unbind(1), strict=True):
@@ -53,18 +54,17 @@ def test_some_levels_only(levels):
     chosen = SolverSettings(torch.float64, lazy=8, native=False)
     traced = trace_weights(problem, chosen, lambda _: None)
     counts = torch.stack([traced.counts(level) for level in levels], 1)
-    replayed = replay(problem, traced.order, counts, chosen, lambda _: None, width=1)
+    replayed = replay(problem, traced.columns, counts, chosen, lambda _: None)
     for weight, count in zip(replayed, counts.unbind(1), strict=True):
         best = best_weight(problem, traced.mask(count), chosen).to(torch.float32)
         torch.testing.assert_close(weight, best, rtol=1e-6, atol=1e-6)
 
 
 def test_devices_beside_the_cpu_replay_many_levels():
-    settings = SolverSettings(native=False)
     many = [1 - 0.9**k for k in range(1, 46)]
-    assert worth_replaying(many, settings, torch.device("cuda"))
-    assert not worth_replaying([0.5, 0.75, 0.9], settings, torch.device("cuda"))
-    assert not worth_replaying(many, settings, torch.device("cpu"))
+    assert worth_replaying(many, torch.device("cuda"))
+    assert not worth_replaying([0.5, 0.75, 0.9], torch.device("cuda"))
+    assert not worth_replaying(many, torch.device("cpu"))
 
 
 @pytest.mark.gpu
