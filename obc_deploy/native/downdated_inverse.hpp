@@ -40,6 +40,8 @@ struct Moves {
 template <class T>
 class DowndatedInverse {
   public:
+    static constexpr T kShut = std::numeric_limits<T>::max() / 4;
+
     DowndatedInverse(int64_t cols, int64_t lazy)
         : length(row_length<T>(cols)),
           column(length),
@@ -61,6 +63,18 @@ class DowndatedInverse {
     // Start from a matrix written to `room()`.
     void begin_own(const T* floors, int64_t cols) { begin(stored_, length, floors, cols); }
     T* room() { return stored_; }
+
+    // The stored matrix's lower triangle by rows; right after `compact`, all there is to know.
+    void pack(T* to) const {
+        for (int64_t i = 0; i < size; to += ++i) {
+            std::memcpy(to, source_ + i * source_length_, size_t(i + 1) * sizeof(T));
+        }
+    }
+    void unpack(const T* from, int64_t cols) {
+        for (int64_t i = 0; i < cols; from += ++i) {
+            std::memcpy(stored_ + i * length, from, size_t(i + 1) * sizeof(T));
+        }
+    }
 
     bool full(int64_t more = 1) const { return kept_ + more > lazy_; }
     int64_t kept() const { return kept_; }
@@ -144,7 +158,8 @@ class DowndatedInverse {
     int64_t length;
     int64_t size = 0;        // places left
     Buffer<int32_t> column;  // the layer's column at each place
-    Buffer<T> closed;        // infinite where a place must not be picked any more, else 0
+    Buffer<T> closed;        // 0 where a place may be picked; `kShut` where not, though it stays;
+                             // infinite where it is dropped
     Buffer<T> floor;
 
   private:
@@ -182,6 +197,8 @@ class DowndatedInverse {
         }
     }
 
+    bool stays(int64_t i) const { return closed[i] <= kShut; }
+
     void close_end() {
         for (int64_t i = size; i < whole_vectors<T>(size); ++i) {
             column[i] = 0;
@@ -194,11 +211,11 @@ class DowndatedInverse {
         moves_.hole.clear();
         moves_.source.clear();
         int64_t left = 0;
-        for (int64_t i = 0; i < size; i += width) left += closed[i] == T(0) ? width : 0;
+        for (int64_t i = 0; i < size; i += width) left += stays(i) ? width : 0;
         int64_t from = left;
         for (int64_t hole = 0; hole < left; hole += width) {
-            if (closed[hole] == T(0)) continue;
-            while (closed[from] != T(0)) from += width;
+            if (stays(hole)) continue;
+            while (!stays(from)) from += width;
             for (int64_t k = 0; k < width; ++k) {
                 moves_.hole.push_back(hole + k);
                 moves_.source.push_back(from + k);

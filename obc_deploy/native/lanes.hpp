@@ -57,6 +57,20 @@ OBC_INLINE Vector<T> smaller(Vector<T> a, Vector<T> b) {
     return a < b ? a : b;
 }
 
+// Sum of a_j b_j in double, wherever both begin.
+template <class A>
+inline double dot(const A* a, const double* b, int64_t count) {
+    constexpr int kSums = 32;
+    double sums[kSums] = {}, rest = 0.0;
+    int64_t j = 0;
+    for (; j + kSums <= count; j += kSums) {
+        for (int u = 0; u < kSums; ++u) sums[u] += double(a[j + u]) * b[j + u];
+    }
+    for (; j < count; ++j) rest += double(a[j]) * b[j];
+    for (int u = 0; u < kSums; ++u) rest += sums[u];
+    return rest;
+}
+
 // The smallest value met so far, lane by lane, with its place.
 template <class T>
 struct Least {

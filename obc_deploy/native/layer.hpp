@@ -49,6 +49,14 @@ struct GroupZeros {  // N:M: `zeros` of each `group` consecutive columns; group 
     int64_t zeros;
 };
 
+// What pruning leaves of each row's inverse, (H_SS)^-1 of its `size` survivors S: the rows' columns
+// (rows, size) and lower triangles (rows, size (size + 1) / 2) in working precision.
+struct LeftInverses {
+    int64_t size;
+    int32_t* columns;
+    void* triangles;
+};
+
 struct WeightGrid {
     const double* scale;       // (rows, cols)
     const double* zero_point;  // (rows, cols)
@@ -71,8 +79,11 @@ struct GridSearch {
 // One instruction set's solvers, in one precision.
 struct RowSolvers {
     Outcome (*prune_columns)(const Layer&, const GroupZeros&, int32_t* order, void* increase);
+    Outcome (*prune_and_leave)(const Layer&, const GroupZeros&, int32_t* order, double* weights,
+                               const LeftInverses&);
     Outcome (*prune_blocks)(const Layer&, int64_t width, int32_t* order, void* increase);
     Outcome (*quantize)(const Layer&, const WeightGrid&, const uint8_t* mask, int8_t* codes);
+    Outcome (*quantize_left)(const Layer&, const WeightGrid&, const LeftInverses&, int8_t* codes);
     Outcome (*best_weights)(const Layer&, const int32_t* order, const int64_t* counts,
                             int64_t levels, const double* target, void* weights);
     double (*update_rate)(int64_t size, int64_t depth, int64_t repeats);

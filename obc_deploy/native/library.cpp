@@ -73,6 +73,15 @@ int64_t obc_prune_columns(const Layer* layer, int64_t bits, int64_t group, int64
     });
 }
 
+int64_t obc_prune_and_leave(const Layer* layer, int64_t bits, int64_t group, int64_t zeros,
+                            int32_t* order, double* weights, int64_t size, int32_t* columns,
+                            void* triangles) {
+    return outcome_of([&] {
+        return solvers(bits).prune_and_leave(*layer, GroupZeros{group, zeros}, order, weights,
+                                             LeftInverses{size, columns, triangles});
+    });
+}
+
 int64_t obc_prune_blocks(const Layer* layer, int64_t bits, int64_t width, int32_t* order,
                          void* increase) {
     return outcome_of([&] { return solvers(bits).prune_blocks(*layer, width, order, increase); });
@@ -83,6 +92,16 @@ int64_t obc_quantize(const Layer* layer, int64_t bits, const double* scale,
                      const uint8_t* mask, int8_t* codes) {
     const WeightGrid grid{scale, zero_point, code_min, code_max};
     return outcome_of([&] { return solvers(bits).quantize(*layer, grid, mask, codes); });
+}
+
+int64_t obc_quantize_left(const Layer* layer, int64_t bits, const double* scale,
+                          const double* zero_point, int64_t code_min, int64_t code_max,
+                          int64_t size, int32_t* columns, void* triangles, int8_t* codes) {
+    const WeightGrid grid{scale, zero_point, code_min, code_max};
+    return outcome_of([&] {
+        return solvers(bits).quantize_left(*layer, grid, LeftInverses{size, columns, triangles},
+                                           codes);
+    });
 }
 
 int64_t obc_best_weights(const Layer* layer, int64_t bits, const int32_t* order,

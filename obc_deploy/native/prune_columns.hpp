@@ -2,21 +2,25 @@
 //
 // Unstructured pruning is the case of one group that gives all of its columns (OBC, arXiv
 // 2208.11580, section 4, algorithm 1).
+//
+// A group with no more zeros to give is dropped whole, unless its survivors are to be quantized: then
+// their inverse is kept up to date and left to whoever does that.
 
 template <class T>
 class PruneColumns final : public RowSolver {
   public:
     PruneColumns(const Layer& layer, const Start<T>& start, GroupZeros zeros, int32_t* order,
-                 T* increase)
+                 T* increase, double* weights = nullptr, const LeftInverses* left = nullptr)
         : layer_(layer), start_(start), zeros_(zeros), order_(order), increase_(increase),
+          weights_(weights), left_(left),
           inverse_(layer.cols, layer.lazy), weight_(inverse_.length), diagonal_(inverse_.length),
-          given_(layer.cols / zeros.group), place_(layer.cols) {}
+          given_(layer.cols / zeros.group), place_(layer.cols), lost_(left ? layer.cols : 0),
+          residual_(lost_.size()), step_(lost_.size()) {}
 
     bool run(int64_t row, Progress& progress) override {
         const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
         const int64_t steps = cols / zeros_.group * zeros_.zeros;
         int32_t* order = order_ + row * steps;
-        T* increase = increase_ + row * steps;
         inverse_.begin(start_, group, cols);
         for (int64_t i = 0; i < cols; ++i) {
             weight_[i] = T(layer_.weight[row * cols + i]);
@@ -29,25 +33,52 @@ class PruneColumns final : public RowSolver {
         for (int64_t step = 0; step < steps; ++step) {
             const int64_t column = inverse_.column[p];
             order[step] = int32_t(column);
-            increase[step] = score;
-            if (step + 1 == steps) break;
+            if (increase_) increase_[row * steps + step] = score;
+            if (step + 1 == steps && !left_) break;
             close_finished_group(column);
             p = eliminate(p, &score);
             if (inverse_.full()) {
                 const int64_t before = inverse_.size;
-                const Moves& moves = inverse_.compact(1);
-                for (size_t m = 0; m < moves.hole.size(); ++m) {
-                    weight_[moves.hole[m]] = weight_[moves.source[m]];
-                    place_[inverse_.column[moves.hole[m]]] = int32_t(moves.hole[m]);
-                }
+                compact();
                 p = restart(&score);
                 if (!progress.on(before, inverse_.size)) return false;
             }
         }
-        return progress.end_row(inverse_.size);
+        const int64_t before = inverse_.size;
+        if (left_) leave(row);
+        return progress.end_row(before);
     }
 
   private:
+    // The survivors' inverse, and their weights by one step of iterative refinement with it: down-
+    // dating in single precision leaves a residual H (w - x) that is computed in double.
+    void leave(int64_t row) {
+        if (inverse_.kept()) compact();
+        const int64_t cols = layer_.cols, size = left_->size;
+        const double* weight = layer_.weight + row * cols;
+        const double* hessian = layer_.hessian + layer_.group_of_row[row] * cols * cols;
+        int32_t* columns = left_->columns + row * size;
+        T* triangle = static_cast<T*>(left_->triangles) + row * (size * (size + 1) / 2);
+        inverse_.pack(triangle);
+        std::copy(weight, weight + cols, lost_.begin());
+        for (int64_t i = 0; i < size; ++i) {
+            columns[i] = inverse_.column[i];
+            lost_[columns[i]] -= double(weight_[i]);
+        }
+        for (int64_t i = 0; i < size; ++i) {
+            residual_[i] = dot(hessian + columns[i] * cols, lost_.data(), cols);
+        }
+        std::fill(step_.begin(), step_.end(), 0.0);
+        const T* g = triangle;
+        for (int64_t i = 0; i < size; g += ++i) {
+            for (int64_t j = 0; j < i; ++j) step_[j] += double(g[j]) * residual_[i];
+            step_[i] += dot(g, residual_.data(), i + 1);
+        }
+        double* to = weights_ + row * cols;
+        std::fill(to, to + cols, 0.0);
+        for (int64_t i = 0; i < size; ++i) to[columns[i]] = double(weight_[i]) + step_[i];
+    }
+
     // Scores from the stored diagonal; the cheapest place.
     int64_t restart(T* score) {
         const int64_t end = whole_vectors<T>(inverse_.size);
@@ -86,6 +117,14 @@ class PruneColumns final : public RowSolver {
         return inverse_.some_place(least[0].first(score));
     }
 
+    void compact() {
+        const Moves& moves = inverse_.compact(1);
+        for (size_t m = 0; m < moves.hole.size(); ++m) {
+            weight_[moves.hole[m]] = weight_[moves.source[m]];
+            place_[inverse_.column[moves.hole[m]]] = int32_t(moves.hole[m]);
+        }
+    }
+
     void close_finished_group(int64_t column) {
         if (zeros_.zeros == zeros_.group) return;
         const int64_t group = column / zeros_.group;
@@ -93,7 +132,9 @@ class PruneColumns final : public RowSolver {
         for (int64_t c = group * zeros_.group; c < (group + 1) * zeros_.group; ++c) {
             const int64_t at = place_[c];
             if (at < inverse_.size && inverse_.column[at] == c) {
-                inverse_.closed[at] = std::numeric_limits<T>::infinity();
+                T& closed = inverse_.closed[at];
+                if (!left_) closed = std::numeric_limits<T>::infinity();
+                if (closed == T(0)) closed = DowndatedInverse<T>::kShut;
             }
         }
     }
@@ -103,8 +144,11 @@ class PruneColumns final : public RowSolver {
     GroupZeros zeros_;
     int32_t* order_;
     T* increase_;
+    double* weights_;
+    const LeftInverses* left_;
     DowndatedInverse<T> inverse_;
     Buffer<T> weight_, diagonal_;
     std::vector<int64_t> given_;
     std::vector<int32_t> place_;
+    std::vector<double> lost_, residual_, step_;
 };

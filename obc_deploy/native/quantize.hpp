@@ -1,8 +1,9 @@
 // One row's OBQ: the index p with the least (q(w_p) - w_p)^2 / G_pp is rounded, the rest updated.
 //
 // While the rounding error of some remaining weight exceeds half its step (it lies beyond the
-// grid's end), the worst of those goes first (OBC, arXiv 2208.11580, section 5). With a mask only
-// survivors take part, from the inverse of H restricted to them; the rest keeps its zero point.
+// grid's end), the worst of those goes first (OBC, arXiv 2208.11580, section 5). Where a pattern came
+// first only survivors take part, from the inverse of H restricted to them: made anew from a mask, or
+// what pruning left. The rest keeps its zero point.
 //
 // Where a row has one grid, weights count in its steps (u = w / s), which drops the scale from the
 // comparison of costs; where its columns have grids of their own the scale is read with each weight.
@@ -11,8 +12,8 @@ template <class T, bool one_grid>
 class Quantize final : public RowSolver {
   public:
     Quantize(const Layer& layer, const Start<T>& start, WeightGrid grid, const uint8_t* mask,
-             int8_t* codes)
-        : layer_(layer), start_(start), grid_(grid), mask_(mask), codes_(codes),
+             const LeftInverses* left, int8_t* codes)
+        : layer_(layer), start_(start), grid_(grid), mask_(mask), left_(left), codes_(codes),
           inverse_(layer.cols, layer.lazy), weight_(inverse_.length), diagonal_(inverse_.length),
           scale_(inverse_.length), low_(inverse_.length), high_(inverse_.length),
           floors_(inverse_.length), survivors_(layer.cols),
@@ -24,17 +25,19 @@ class Quantize final : public RowSolver {
         const double* scale = grid_.scale + row * cols;
         const double* zero = grid_.zero_point + row * cols;
         int8_t* codes = codes_ + row * cols;
-        int64_t count = 0;
-        for (int64_t c = 0; c < cols; ++c) {
-            codes[c] = int8_t(zero[c]);
-            if (!mask_ || mask_[row * cols + c]) survivors_[count++] = int32_t(c);
-        }
+        for (int64_t c = 0; c < cols; ++c) codes[c] = int8_t(zero[c]);
+        const int64_t count = find_survivors(row);
         if (!count) return progress.end_row(cols);
-        if (mask_) {
+        if (mask_ || left_) {
             const T* floors = start_.floors + group * start_.length;
-            restricted_->invert(layer_.hessian + group * cols * cols, cols, survivors_.data(),
-                                count, inverse_.room(), inverse_.length);
             for (int64_t i = 0; i < count; ++i) floors_[i] = floors[survivors_[i]];
+            if (left_) {
+                const T* triangles = static_cast<const T*>(left_->triangles);
+                inverse_.unpack(triangles + row * (count * (count + 1) / 2), count);
+            } else {
+                restricted_->invert(layer_.hessian + group * cols * cols, cols, survivors_.data(),
+                                    count, inverse_.room(), inverse_.length);
+            }
             inverse_.begin_own(floors_, count);
             if (!progress.on(cols, count)) return false;
         } else {
@@ -81,6 +84,19 @@ class Quantize final : public RowSolver {
     }
 
   private:
+    // Fills `survivors_`; how many there are.
+    int64_t find_survivors(int64_t row) {
+        if (left_) {
+            std::copy_n(left_->columns + row * left_->size, left_->size, survivors_.begin());
+            return left_->size;
+        }
+        int64_t count = 0;
+        for (int64_t c = 0; c < layer_.cols; ++c) {
+            if (!mask_ || mask_[row * layer_.cols + c]) survivors_[count++] = int32_t(c);
+        }
+        return count;
+    }
+
     struct Bounds {
         Vector<T> scale, low, high;
     };
@@ -167,6 +183,7 @@ class Quantize final : public RowSolver {
     const Start<T>& start_;
     WeightGrid grid_;
     const uint8_t* mask_;
+    const LeftInverses* left_;
     int8_t* codes_;
     DowndatedInverse<T> inverse_;
     Buffer<T> weight_, diagonal_, scale_, low_, high_, floors_;

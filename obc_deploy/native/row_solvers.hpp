@@ -21,6 +21,16 @@ Outcome prune_columns(const Layer& layer, const GroupZeros& zeros, int32_t* orde
     });
 }
 
+template <class T>
+Outcome prune_and_leave(const Layer& layer, const GroupZeros& zeros, int32_t* order,
+                        double* weights, const LeftInverses& left) {
+    const Start<T> start(layer);
+    return over_rows(layer, [&] {
+        return std::make_unique<PruneColumns<T>>(layer, start, zeros, order, nullptr, weights,
+                                                 &left);
+    });
+}
+
 template <class T, int width>
 Outcome prune_blocks_of(const Layer& layer, int32_t* order, void* increase) {
     const Start<T> start(layer);
@@ -42,8 +52,9 @@ Outcome prune_blocks(const Layer& layer, int64_t width, int32_t* order, void* in
 }
 
 template <class T>
-Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask, int8_t* codes) {
-    const Start<T> start(layer, mask == nullptr);
+Outcome quantize_from(const Layer& layer, const WeightGrid& grid, const uint8_t* mask,
+                      const LeftInverses* left, int8_t* codes) {
+    const Start<T> start(layer, !mask && !left);
     bool one_grid = true;
     for (int64_t row = 0; row < layer.rows && one_grid; ++row) {
         const double* scale = grid.scale + row * layer.cols;
@@ -53,9 +64,22 @@ Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask
         }
     }
     return over_rows(layer, [&]() -> std::unique_ptr<RowSolver> {
-        if (one_grid) return std::make_unique<Quantize<T, true>>(layer, start, grid, mask, codes);
-        return std::make_unique<Quantize<T, false>>(layer, start, grid, mask, codes);
+        if (one_grid) {
+            return std::make_unique<Quantize<T, true>>(layer, start, grid, mask, left, codes);
+        }
+        return std::make_unique<Quantize<T, false>>(layer, start, grid, mask, left, codes);
     });
+}
+
+template <class T>
+Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask, int8_t* codes) {
+    return quantize_from<T>(layer, grid, mask, nullptr, codes);
+}
+
+template <class T>
+Outcome quantize_left(const Layer& layer, const WeightGrid& grid, const LeftInverses& left,
+                      int8_t* codes) {
+    return quantize_from<T>(layer, grid, nullptr, &left, codes);
 }
 
 template <class T>
@@ -91,5 +115,6 @@ double update_rate(int64_t size, int64_t depth, int64_t repeats) {
 
 template <class T>
 constexpr RowSolvers solvers() {
-    return {prune_columns<T>, prune_blocks<T>, quantize<T>, best_weights<T>, update_rate<T>};
+    return {prune_columns<T>, prune_and_leave<T>, prune_blocks<T>, quantize<T>,
+            quantize_left<T>, best_weights<T>,    update_rate<T>};
 }

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from obc_deploy.errors import DeviceMemoryError, ProblemError
-from obc_deploy.schemes import Pattern, Quantization, Scheme, as_scheme
+from obc_deploy.schemes import NM, Pattern, Quantization, Scheme, as_scheme
+from obc_deploy.solvers import native_rows
 from obc_deploy.solvers.contract import (
     DEFAULT_DAMPING,
     ArrayT,
@@ -26,9 +27,11 @@ from obc_deploy.solvers.contract import (
 from obc_deploy.solvers.exact_obs import PrunedRows, exact_obs
 from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.magnitude import magnitude_mask
+from obc_deploy.solvers.nm_then_obq import QuantizedRows, nm_then_obq
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
 from obc_deploy.solvers.problems import (
     CheckedProblem,
+    DampedProblem,
     check_problem,
     check_scheme,
     damp,
@@ -41,9 +44,6 @@ METHODS = ("exact_obs", "magnitude", "rtn")
 """Names `method` may take; None is the first."""
 
 _NEED_HESSIAN = frozenset({"exact_obs"})
-
-_PRUNING_SHARE = 0.5
-"""Share of the progress that pruning gets where quantization follows."""
 
 
 def needs_hessian(method: str | None) -> bool:
@@ -206,34 +206,76 @@ def _solve_exactly(
 ) -> list[_Solved]:
     """ExactOBS, then OBQ on what survives, each pattern and each grid once."""
     problem = damp(checked)
-    grids = {_weight_grid(scheme): None for scheme in schemes}
-    share = _PRUNING_SHARE if any(grids) else 1.0
-    patterns = list(dict.fromkeys(scheme.pattern for scheme in schemes if scheme.pattern))
     dense = torch.ones_like(checked.weight, dtype=torch.bool)
     pruned: dict[Pattern | None, PrunedRows] = {None: PrunedRows(dense, checked.weight)}
-    forms = exact_obs(problem, patterns, settings, part_of(progress, 0.0, share))
-    pruned.update(zip(patterns, forms, strict=True))
+    quantized: dict[tuple[Pattern | None, Quantization], QuantizedRows] = {}
+    grids = _grids_of_patterns(schemes)
+    patterns = [pattern for pattern in grids if pattern is not None]
+    native = native_rows.is_native(settings, checked.weight.device)
+    handed = {
+        each: grids.pop(each)
+        for each in patterns
+        if native and isinstance(each, NM) and grids[each]
+    }
+    others = [pattern for pattern in patterns if pattern not in handed]
+    jobs = len(handed) + bool(others) + sum(map(len, grids.values()))
+    spans = iter(_spans(max(jobs, 1)))
 
-    found: dict[tuple[Pattern | None, Quantization], tuple[torch.Tensor, Grid]] = {}
-    solved: list[_Solved] = []
-    for done, scheme in enumerate(schemes):
-        mask, weight = pruned[scheme.pattern].mask, pruned[scheme.pattern].weight
+    for pattern, quantizations in handed.items():
+        report = part_of(progress, *next(spans))
+        found = nm_then_obq(problem, pattern, quantizations, settings, report)
+        pruned[pattern] = found[0]
+        quantized.update({(pattern, q): r for q, r in zip(quantizations, found[1], strict=True)})
+    if others:
+        forms = exact_obs(problem, others, settings, part_of(progress, *next(spans)))
+        pruned.update(zip(others, forms, strict=True))
+    for given, quantizations in grids.items():
+        for quantization in quantizations:
+            report = part_of(progress, *next(spans))
+            quantized[given, quantization] = _quantize(
+                problem, given, pruned[given], quantization, settings, report
+            )
+    return [_solved(scheme, pruned, quantized) for scheme in schemes]
+
+
+def _grids_of_patterns(schemes: Sequence[Scheme]) -> dict[Pattern | None, list[Quantization]]:
+    """Each pattern once, None for none, with each of the quantizations that follow it."""
+    grids: dict[Pattern | None, list[Quantization]] = {}
+    for scheme in schemes:
+        of_pattern = grids.setdefault(scheme.pattern, [])
         quantization = _weight_grid(scheme)
-        if quantization is None:
-            solved.append(_Solved(scheme, weight, mask))
-            continue
-        key = (scheme.pattern, quantization)
-        if key not in found:
-            # Of the rows as they are now: survivors have grown to stand in for what was pruned.
-            grid = find_grid(problem.weight if scheme.pattern is None else weight, quantization)
-            part = part_of(progress, *_span(share, 1.0, done, len(schemes)))
-            if scheme.pattern is None:
-                codes = obq_codes(problem, grid, settings, part)
-            else:
-                codes = obq_codes_of_survivors(problem, weight, mask, grid, settings, part)
-            found[key] = (codes, grid)
-        solved.append(_Solved(scheme, weight, mask, *found[key]))
-    return solved
+        if quantization is not None and quantization not in of_pattern:
+            of_pattern.append(quantization)
+    return grids
+
+
+def _quantize(
+    problem: DampedProblem,
+    pattern: Pattern | None,
+    rows: PrunedRows,
+    quantization: Quantization,
+    settings: SolverSettings,
+    progress: Progress,
+) -> QuantizedRows:
+    # Of the rows as they are now: survivors have grown to stand in for what was pruned.
+    grid = find_grid(problem.weight if pattern is None else rows.weight, quantization)
+    if pattern is None:
+        codes = obq_codes(problem, grid, settings, progress)
+    else:
+        codes = obq_codes_of_survivors(problem, rows.weight, rows.mask, grid, settings, progress)
+    return QuantizedRows(codes, grid)
+
+
+def _solved(
+    scheme: Scheme,
+    pruned: dict[Pattern | None, PrunedRows],
+    quantized: dict[tuple[Pattern | None, Quantization], QuantizedRows],
+) -> _Solved:
+    rows, quantization = pruned[scheme.pattern], _weight_grid(scheme)
+    if quantization is None:
+        return _Solved(scheme, rows.weight, rows.mask)
+    found = quantized[scheme.pattern, quantization]
+    return _Solved(scheme, rows.weight, rows.mask, found.codes, found.grid)
 
 
 def _solve_baseline(
@@ -283,8 +325,9 @@ def _weight_grid(scheme: Scheme) -> Quantization | None:
     return None if quantization is None else replace(quantization, activation_bits=None)
 
 
-def _span(start: float, end: float, done: int, total: int) -> tuple[float, float]:
-    return start + (end - start) * done / total, start + (end - start) * (done + 1) / total
+def _spans(count: int) -> list[tuple[float, float]]:
+    """0 to 1 in equal parts."""
+    return [(i / count, (i + 1) / count) for i in range(count)]
 
 
 def _silent(share: float) -> None:

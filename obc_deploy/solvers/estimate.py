@@ -97,12 +97,21 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
 
     schemes = len(shape.schemes)
     total = Work(factors=cols**3, inverses=2 * rows * cols**2 * schemes, calls=schemes)
+    native = native_rows.is_native(settings, torch.device("cpu"))
+    # N:M patterns whose inverses compiled rows hand over to the quantization that follows.
+    handed = {
+        scheme.pattern
+        for scheme in shape.schemes
+        if native and not shape.pruned and isinstance(scheme.pattern, NM) and scheme.quantization
+    }
     patterns = list(dict.fromkeys(s.pattern for s in shape.schemes if s.pattern is not None))
     kinds = dict.fromkeys(pattern_kind(pattern) for pattern in patterns)
     for kind in () if shape.pruned else kinds:
         levels = [sparsity_of(p) for p in patterns if pattern_kind(p) == kind]
+        if kind in handed:
+            total += run(cols, 1.0 - (1.0 - levels[0]) ** 3)
+            continue
         total += run(cols, _NM_SHARE if isinstance(kind, NM) else 1.0)
-        native = native_rows.is_native(settings, torch.device("cpu"))
         share = factored_share(levels) if native else sum(min(s, 1 - s) ** 3 for s in levels)
         total += Work(solves=rows * share * cols**3 / 3)
     quantized: set[tuple[Pattern | None, Quantization]] = set()
@@ -119,7 +128,8 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
             total += run(cols)
         else:
             left = (1 - sparsity_of(scheme.pattern)) * cols
-            total += run(left) + Work(inverses=rows * left**3)
+            total += run(left)
+            total += Work(inverses=0.0 if scheme.pattern in handed else rows * left**3)
     return total
 
 

@@ -6,8 +6,8 @@ Blocks B of four: loss increase w_Bᵀ (G_BB)⁻¹ w_B. Unstructured and block p
 to its end; the k smallest increases of the whole layer say how long a prefix of its own trace each
 row takes. N:M picks the cheapest index among groups that still have zeros to give (OBC, arXiv
 2208.11580, section 4). Only orders are kept: the weights of any level follow from its mask, by one
-solve for each row, or for many levels at once: compiled rows factor two halves of a row's order,
-each of which serves all levels on its side; on a GPU one more run in the known order serves them all.
+solve for each row. Of many levels at once compiled rows solve all that prune less than half by one
+factorization, and all others by a second; on a GPU one more run in the known order serves them all.
 """
 
 from __future__ import annotations

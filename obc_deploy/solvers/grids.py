@@ -9,6 +9,7 @@ Symmetric grids are narrow: codes ±(2^(bits-1) - 1), zero point 0.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,13 @@ class Grid:
     zero_point: torch.Tensor
     code_min: int
     code_max: int
+
+    @classmethod
+    def of_all_rows(cls, parts: Sequence[Grid]) -> Grid:
+        """The grids of a layer's rows from those of neighbouring batches of them."""
+        scale = torch.cat([part.scale for part in parts])
+        zero_point = torch.cat([part.zero_point for part in parts])
+        return cls(scale, zero_point, parts[0].code_min, parts[0].code_max)
 
     def per_column(self, cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of each weight, (rows, cols) in `dtype`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
+from dataclasses import dataclass
 
 import torch
 
@@ -72,6 +73,54 @@ def prune_columns(
     return order, increase
 
 
+@dataclass(frozen=True)
+class LeftInverses:
+    """(H_SS)⁻¹ of the survivors S of N:M pruning, as it ended: what quantization starts from.
+
+    Attributes:
+        columns: (rows, size) int32, each row's survivors in the order of its matrix.
+        triangles: (rows, size · (size + 1) / 2), each row's lower triangle by rows.
+    """
+
+    columns: torch.Tensor
+    triangles: torch.Tensor
+
+    @staticmethod
+    def bytes_per_row(size: int, dtype: torch.dtype) -> int:
+        """Memory that a row with `size` survivors takes."""
+        return size * (size + 1) // 2 * dtype.itemsize + 4 * size
+
+
+def prune_and_leave(
+    problem: DampedProblem,
+    settings: SolverSettings,
+    progress: Progress,
+    *,
+    group: int,
+    zeros: int,
+) -> tuple[torch.Tensor, torch.Tensor, LeftInverses]:
+    """Prune `zeros` of each `group` consecutive columns, and keep the survivors' inverses.
+
+    Returns:
+        (rows, steps) int32 pruned column; (rows, cols) float64 weights that are best for what
+        survives; the inverses.
+    """
+    rows, cols = problem.weight.shape
+    steps = cols // group * zeros
+    size = cols - steps
+    order = torch.empty(rows, steps, dtype=torch.int32)
+    weights = torch.empty(rows, cols, dtype=torch.float64)
+    left = LeftInverses(
+        torch.empty(rows, size, dtype=torch.int32),
+        torch.empty(rows, size * (size + 1) // 2, dtype=settings.dtype),
+    )
+    _run(
+        "obc_prune_and_leave", problem, settings, progress,
+        group, zeros, order, weights, size, left.columns, left.triangles,
+    )  # fmt: skip
+    return order, weights, left
+
+
 def prune_blocks(
     problem: DampedProblem, settings: SolverSettings, progress: Progress, *, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,6 +169,35 @@ def quantize(
     _run(
         "obc_quantize", problem, settings, progress,
         scale, zero_point, grid.code_min, grid.code_max, stays, codes, weight=weight,
+    )  # fmt: skip
+    return codes
+
+
+def quantize_left(
+    problem: DampedProblem,
+    weight: torch.Tensor,
+    left: LeftInverses,
+    grid: Grid,
+    settings: SolverSettings,
+    progress: Progress,
+) -> torch.Tensor:
+    """OBQ codes (rows, cols) int8 of the survivors, as `quantize` from what pruning left.
+
+    Args:
+        problem: the layer.
+        weight: (rows, cols) float64, pruned.
+        left: the survivors and their inverses.
+        grid: the rows' grids.
+        settings: the precision that the inverses are in.
+        progress: told the share of the work done.
+    """
+    cols = weight.shape[1]
+    scale, zero_point = (each.contiguous() for each in grid.per_column(cols, torch.float64))
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    _run(
+        "obc_quantize_left", problem, settings, progress,
+        scale, zero_point, grid.code_min, grid.code_max, left.columns.shape[1], left.columns,
+        left.triangles, codes, weight=weight,
     )  # fmt: skip
     return codes
 

@@ -7,7 +7,7 @@ reference implementation). Everything here is float64; solvers choose their own 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,10 @@ class DampedProblem:
     hessian: torch.Tensor
     inverse: torch.Tensor
     group_of_row: torch.Tensor
+
+    def of_rows(self, rows: slice) -> DampedProblem:
+        """Some of the rows alone."""
+        return replace(self, weight=self.weight[rows], group_of_row=self.group_of_row[rows])
 
 
 def check_scheme(

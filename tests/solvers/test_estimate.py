@@ -69,6 +69,15 @@ def test_compiled_rows_factor_two_halves_for_all_levels():
     assert factored.updates == pytest.approx(TRACE)
 
 
+@pytest.mark.skipif(not native.is_available(), reason="the compiled solvers are not built here")
+def test_compiled_rows_hand_the_survivors_of_n_m_over():
+    schemes = tuple(as_scheme(text) for text in ("2:4", "2:4+w4", "2:4+w8"))
+    handed = layer_work(LayerShape(ROWS, COLS, schemes), SolverSettings())
+    assert handed.updates == pytest.approx(TRACE * (7 / 8 + 2 / 8))
+    assert handed.solves == 0
+    assert handed.inverses == pytest.approx(3 * 2 * ROWS * COLS**2)
+
+
 def test_works_add_up():
     assert Work(1, 2, 3, 4, 5, 6, 7) + Work(1, 1, 1, 1, 1, 1, 1) == Work(2, 3, 4, 5, 6, 7, 8)
 

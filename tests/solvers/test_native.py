@@ -245,16 +245,12 @@ BLOCK_LEVELS = [1 - 0.75**k for k in range(1, 11)]
     ("trace", "levels"), [(trace_weights, LEVELS), (trace_blocks, BLOCK_LEVELS)]
 )
 @pytest.mark.parametrize("lazy", [None, 4])
-def test_levels_at_once_are_the_best_for_their_masks(
-    shape, trace, levels, lazy, instruction_set
-):
+def test_levels_at_once_are_the_best_for_their_masks(shape, trace, levels, lazy, instruction_set):
     problem = damped(*case(*shape))
     chosen = replace(FLOAT64, lazy=lazy)
     traced = trace(problem, chosen, silent)
     counts = torch.stack([traced.counts(level) for level in [0.0, *levels, 1.0]], 1)
-    found = native_rows.best_weights(
-        problem, traced.columns, counts * traced.width, chosen, silent
-    )
+    found = native_rows.best_weights(problem, traced.columns, counts * traced.width, chosen, silent)
     for weight, count in zip(found, counts.unbind(1), strict=True):
         mask = traced.mask(count)
         assert torch.all(weight[~mask] == 0)
@@ -321,6 +317,57 @@ def test_rows_that_keep_nothing_or_everything(shape, quantization, instruction_s
     )
 
 
+@pytest.mark.parametrize("shape", [(5, 24), (6, 48, 2), (4, 72, 1, 4), (1, 8)])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4)])
+@pytest.mark.parametrize(("lazy", "memory"), [(None, 1 << 29), (4, 1), (12, 1 << 14)])
+def test_what_n_m_pruning_leaves_is_quantized(shape, pattern, lazy, memory, instruction_set):
+    """Memory of one byte is one row at a time; the torch solver inverts what survives anew."""
+    given = layer(*case(*shape))
+    texts = [f"{pattern}", f"{pattern}+w4", f"{pattern}+w3-asym", f"{pattern}+w4g8a8"]
+    shares = []
+    found = solve_levels(
+        given, texts, settings=replace(FLOAT64, lazy=lazy, memory=memory), progress=shares.append
+    )
+    expected = solve_levels(given, texts, settings=TORCH64)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.mask, other.mask)
+        torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-7)
+        if other.codes is not None:
+            assert torch.equal(one.codes, other.codes)
+            assert torch.equal(one.scale, other.scale)
+            assert torch.equal(one.zero_point, other.zero_point)
+
+
+def test_rows_of_zeros_are_pruned_to_the_pattern_and_quantized_to_zero(instruction_set):
+    weight, hessian = case(4, 32, 1, 0, 2)
+    found = solve_levels(layer(weight, hessian), ["4:8+w4-asym"])[0]
+    assert torch.all(found.mask.reshape(4, 4, 8).sum(2) == 4)
+    assert torch.all(found.weight[:2] == 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (6, 48, 2), (16, 400), (4, 72, 1, 4)])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4)])
+def test_weights_left_in_single_precision_are_refined(shape, pattern, instruction_set):
+    """The loss of the weights that down-dating leaves is the least for their mask, to 1e-9."""
+    problem = damped(*case(*shape))
+    order, weight, left = native_rows.prune_and_leave(
+        problem, SolverSettings(), silent, group=pattern.m, zeros=pattern.m - pattern.n
+    )
+    mask = torch.ones(weight.shape, dtype=torch.bool).scatter_(1, order.long(), False)
+    best = best_weight(problem, mask, TORCH64)
+    assert torch.equal(left.columns.sort(1)[0].flatten(), mask.nonzero()[:, 1].int())
+
+    def loss(weights):
+        lost = problem.weight - weights
+        return torch.einsum("ri,rij,rj->", lost, problem.hessian[problem.group_of_row], lost)
+
+    assert torch.all(weight[~mask] == 0)
+    assert float(loss(weight)) == pytest.approx(float(loss(best)), rel=1e-9)
+    torch.testing.assert_close(weight, best, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "group"), [(5, 1, None), (7, 33, None), (3, 600, 24)])
@@ -345,7 +392,7 @@ def test_grids_are_the_torch_search(
 LARGE = (96, 224)
 LARGE_TEXTS = [
     "unstructured@0.5", "unstructured@0.8", "block4@0.3", "block4@0.9", "2:4", "w4-asym",
-    "block4@0.9+w4g8",
+    "block4@0.9+w4g8", "4:8+w4",
 ]  # fmt: skip
 
 
@@ -396,6 +443,9 @@ class GivenUpError(Exception):
 LONG_RUNS = {
     "columns": lambda problem, progress: trace_weights(problem, FLOAT64, progress),
     "blocks": lambda problem, progress: trace_blocks(problem, FLOAT64, progress),
+    "left": lambda problem, progress: native_rows.prune_and_leave(
+        problem, FLOAT64, progress, group=4, zeros=2
+    ),
     "codes": lambda problem, progress: obq_codes(
         problem, find_grid(problem.weight, Quantization(4)), FLOAT64, progress
     ),
