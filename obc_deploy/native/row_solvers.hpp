@@ -54,7 +54,7 @@ Outcome prune_blocks(const Layer& layer, int64_t width, int32_t* order, void* in
 template <class T>
 Outcome quantize_from(const Layer& layer, const WeightGrid& grid, const uint8_t* mask,
                       const LeftInverses* left, int8_t* codes) {
-    const Start<T> start(layer, !mask && !left);
+    const Start<T> start(layer, !left);
     bool one_grid = true;
     for (int64_t row = 0; row < layer.rows && one_grid; ++row) {
         const double* scale = grid.scale + row * layer.cols;

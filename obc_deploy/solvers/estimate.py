@@ -129,7 +129,10 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
         else:
             left = (1 - sparsity_of(scheme.pattern)) * cols
             total += run(left)
-            total += Work(inverses=0.0 if scheme.pattern in handed else rows * left**3)
+            if native and 2 * left >= cols and scheme.pattern not in handed:
+                total += Work(updates=rows * (cols**3 - left**3) / 3)
+            elif scheme.pattern not in handed:
+                total += Work(inverses=rows * left**3)
     return total
 
 

@@ -78,6 +78,17 @@ def test_compiled_rows_hand_the_survivors_of_n_m_over():
     assert handed.inverses == pytest.approx(3 * 2 * ROWS * COLS**2)
 
 
+@pytest.mark.skipif(not native.is_available(), reason="the compiled solvers are not built here")
+@pytest.mark.parametrize(("sparsity", "eliminated"), [(0.25, True), (0.5, True), (0.75, False)])
+def test_compiled_rows_eliminate_what_is_pruned_where_most_survives(sparsity, eliminated):
+    text = f"unstructured@{sparsity}+w8"
+    both = layer_work(LayerShape(ROWS, COLS, (as_scheme(text),)), SolverSettings())
+    left = (1 - sparsity) ** 3
+    errors = 2 * ROWS * COLS**2
+    assert both.updates == pytest.approx(TRACE * (2 if eliminated else 1 + left))
+    assert both.inverses == pytest.approx(errors + (0 if eliminated else 3 * TRACE * left))
+
+
 def test_works_add_up():
     assert Work(1, 2, 3, 4, 5, 6, 7) + Work(1, 1, 1, 1, 1, 1, 1) == Work(2, 3, 4, 5, 6, 7, 8)
 
