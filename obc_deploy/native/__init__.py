@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "obc_instruction_set": (ctypes.c_char_p, ()),
     "obc_use_instruction_set": (_INT64, (ctypes.c_char_p,)),
     "obc_prune_columns": (_INT64, (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER)),
-    "obc_prune_and_leave": (
+    "obc_prune_and_weigh": (
         _INT64,
         (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
     ),

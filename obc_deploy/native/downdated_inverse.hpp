@@ -64,11 +64,10 @@ class DowndatedInverse {
     void begin_own(const T* floors, int64_t cols) { begin(stored_, length, floors, cols); }
     T* room() { return stored_; }
 
-    // The stored matrix's lower triangle by rows; right after `compact`, all there is to know.
+    // The stored matrix's lower triangle, up to date right after `compact`.
+    const T* row(int64_t i) const { return source_ + i * source_length_; }
     void pack(T* to) const {
-        for (int64_t i = 0; i < size; to += ++i) {
-            std::memcpy(to, source_ + i * source_length_, size_t(i + 1) * sizeof(T));
-        }
+        for (int64_t i = 0; i < size; to += ++i) std::memcpy(to, row(i), size_t(i + 1) * sizeof(T));
     }
     void unpack(const T* from, int64_t cols) {
         for (int64_t i = 0; i < cols; from += ++i) {

@@ -73,12 +73,14 @@ int64_t obc_prune_columns(const Layer* layer, int64_t bits, int64_t group, int64
     });
 }
 
-int64_t obc_prune_and_leave(const Layer* layer, int64_t bits, int64_t group, int64_t zeros,
+// Inverses are left where there is memory for them.
+int64_t obc_prune_and_weigh(const Layer* layer, int64_t bits, int64_t group, int64_t zeros,
                             int32_t* order, double* weights, int64_t size, int32_t* columns,
                             void* triangles) {
     return outcome_of([&] {
-        return solvers(bits).prune_and_leave(*layer, GroupZeros{group, zeros}, order, weights,
-                                             LeftInverses{size, columns, triangles});
+        const LeftInverses left{size, columns, triangles};
+        return solvers(bits).prune_and_weigh(*layer, GroupZeros{group, zeros}, order, weights,
+                                             triangles ? &left : nullptr);
     });
 }
 

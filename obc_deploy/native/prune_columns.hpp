@@ -3,8 +3,8 @@
 // Unstructured pruning is the case of one group that gives all of its columns (OBC, arXiv
 // 2208.11580, section 4, algorithm 1).
 //
-// A group with no more zeros to give is dropped whole, unless its survivors are to be quantized: then
-// their inverse is kept up to date and left to whoever does that.
+// A group with no more zeros to give is dropped whole, unless the survivors' weights are wanted: then
+// their inverse is kept up to date, refines those weights, and may be left to who quantizes them.
 
 template <class T>
 class PruneColumns final : public RowSolver {
@@ -14,7 +14,7 @@ class PruneColumns final : public RowSolver {
         : layer_(layer), start_(start), zeros_(zeros), order_(order), increase_(increase),
           weights_(weights), left_(left),
           inverse_(layer.cols, layer.lazy), weight_(inverse_.length), diagonal_(inverse_.length),
-          given_(layer.cols / zeros.group), place_(layer.cols), lost_(left ? layer.cols : 0),
+          given_(layer.cols / zeros.group), place_(layer.cols), lost_(weights ? layer.cols : 0),
           residual_(lost_.size()), step_(lost_.size()) {}
 
     bool run(int64_t row, Progress& progress) override {
@@ -34,7 +34,7 @@ class PruneColumns final : public RowSolver {
             const int64_t column = inverse_.column[p];
             order[step] = int32_t(column);
             if (increase_) increase_[row * steps + step] = score;
-            if (step + 1 == steps && !left_) break;
+            if (step + 1 == steps && !weights_) break;
             close_finished_group(column);
             p = eliminate(p, &score);
             if (inverse_.full()) {
@@ -45,38 +45,36 @@ class PruneColumns final : public RowSolver {
             }
         }
         const int64_t before = inverse_.size;
-        if (left_) leave(row);
+        if (weights_) leave(row);
         return progress.end_row(before);
     }
 
   private:
-    // The survivors' inverse, and their weights by one step of iterative refinement with it: down-
-    // dating in single precision leaves a residual H (w - x) that is computed in double.
+    // The survivors' weights, by one step of iterative refinement: down-dating in single precision
+    // leaves a residual H (w - x), which is computed in double. Their inverse where it is wanted.
     void leave(int64_t row) {
         if (inverse_.kept()) compact();
-        const int64_t cols = layer_.cols, size = left_->size;
+        const int64_t cols = layer_.cols, size = inverse_.size;
         const double* weight = layer_.weight + row * cols;
         const double* hessian = layer_.hessian + layer_.group_of_row[row] * cols * cols;
-        int32_t* columns = left_->columns + row * size;
-        T* triangle = static_cast<T*>(left_->triangles) + row * (size * (size + 1) / 2);
-        inverse_.pack(triangle);
+        const int32_t* columns = inverse_.column;
         std::copy(weight, weight + cols, lost_.begin());
-        for (int64_t i = 0; i < size; ++i) {
-            columns[i] = inverse_.column[i];
-            lost_[columns[i]] -= double(weight_[i]);
-        }
+        for (int64_t i = 0; i < size; ++i) lost_[columns[i]] -= double(weight_[i]);
         for (int64_t i = 0; i < size; ++i) {
             residual_[i] = dot(hessian + columns[i] * cols, lost_.data(), cols);
         }
         std::fill(step_.begin(), step_.end(), 0.0);
-        const T* g = triangle;
-        for (int64_t i = 0; i < size; g += ++i) {
+        for (int64_t i = 0; i < size; ++i) {
+            const T* g = inverse_.row(i);
             for (int64_t j = 0; j < i; ++j) step_[j] += double(g[j]) * residual_[i];
             step_[i] += dot(g, residual_.data(), i + 1);
         }
         double* to = weights_ + row * cols;
         std::fill(to, to + cols, 0.0);
         for (int64_t i = 0; i < size; ++i) to[columns[i]] = double(weight_[i]) + step_[i];
+        if (!left_) return;
+        std::copy_n(columns, size, left_->columns + row * size);
+        inverse_.pack(static_cast<T*>(left_->triangles) + row * (size * (size + 1) / 2));
     }
 
     // Scores from the stored diagonal; the cheapest place.
@@ -133,7 +131,7 @@ class PruneColumns final : public RowSolver {
             const int64_t at = place_[c];
             if (at < inverse_.size && inverse_.column[at] == c) {
                 T& closed = inverse_.closed[at];
-                if (!left_) closed = std::numeric_limits<T>::infinity();
+                if (!weights_) closed = std::numeric_limits<T>::infinity();
                 if (closed == T(0)) closed = DowndatedInverse<T>::kShut;
             }
         }

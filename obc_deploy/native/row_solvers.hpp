@@ -22,12 +22,12 @@ Outcome prune_columns(const Layer& layer, const GroupZeros& zeros, int32_t* orde
 }
 
 template <class T>
-Outcome prune_and_leave(const Layer& layer, const GroupZeros& zeros, int32_t* order,
-                        double* weights, const LeftInverses& left) {
+Outcome prune_and_weigh(const Layer& layer, const GroupZeros& zeros, int32_t* order,
+                        double* weights, const LeftInverses* left) {
     const Start<T> start(layer);
     return over_rows(layer, [&] {
         return std::make_unique<PruneColumns<T>>(layer, start, zeros, order, nullptr, weights,
-                                                 &left);
+                                                 left);
     });
 }
 
@@ -115,6 +115,6 @@ double update_rate(int64_t size, int64_t depth, int64_t repeats) {
 
 template <class T>
 constexpr RowSolvers solvers() {
-    return {prune_columns<T>, prune_and_leave<T>, prune_blocks<T>, quantize<T>,
+    return {prune_columns<T>, prune_and_weigh<T>, prune_blocks<T>, quantize<T>,
             quantize_left<T>, best_weights<T>,    update_rate<T>};
 }

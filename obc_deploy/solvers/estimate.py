@@ -30,7 +30,7 @@ from obc_deploy.solvers.settings import SolverSettings, torch_threads, worker_th
 
 _PROBE_ROWS, _PROBE_COLS = 16, 384
 _NM_SHARE = 0.7
-"""Rank updates of 2:4 beside a whole trace: full groups drop out with all their columns."""
+"""Torch's rank updates of 2:4 beside a whole trace: full groups drop out with all their columns."""
 _DOUBLE_SHARE = 0.35
 """Rate of the double-precision solves, gathering included, as a share of the rank update's."""
 _INVERSE_SHARE = 0.5
@@ -108,7 +108,7 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
     kinds = dict.fromkeys(pattern_kind(pattern) for pattern in patterns)
     for kind in () if shape.pruned else kinds:
         levels = [sparsity_of(p) for p in patterns if pattern_kind(p) == kind]
-        if kind in handed:
+        if native and isinstance(kind, NM):
             total += run(cols, 1.0 - (1.0 - levels[0]) ** 3)
             continue
         total += run(cols, _NM_SHARE if isinstance(kind, NM) else 1.0)

@@ -110,8 +110,7 @@ def exact_obs(
         share = part_of(progress, done / len(kinds), (done + 1) / len(kinds))
         of_kind = list(dict.fromkeys(each for each in patterns if pattern_kind(each) == kind))
         if isinstance(of_kind[0], NM):
-            mask = _nm_mask(problem, of_kind[0], settings, share)
-            found[of_kind[0]] = PrunedRows(mask, best_weight(problem, mask, settings))
+            found[of_kind[0]] = _nm(problem, of_kind[0], settings, share)
         else:
             run = trace_blocks if isinstance(of_kind[0], Block4) else trace_weights
             levels = [pattern.sparsity for pattern in of_kind if not isinstance(pattern, NM)]
@@ -197,7 +196,11 @@ def _at_once(
 def trace_weights(problem: DampedProblem, settings: SolverSettings, progress: Progress) -> Trace:
     """The order in which each row prunes all of its weights, one by one."""
     cols = problem.weight.shape[1]
-    return Trace(*_columns(problem, settings, progress, group=cols, zeros=cols), width=1)
+    if native_rows.is_native(settings, problem.weight.device):
+        traced = native_rows.prune_columns(problem, settings, progress, group=cols, zeros=cols)
+    else:
+        traced = _columns(problem, settings, progress, group=cols, zeros=cols)
+    return Trace(*traced, width=1)
 
 
 def trace_blocks(problem: DampedProblem, settings: SolverSettings, progress: Progress) -> Trace:
@@ -218,19 +221,22 @@ def _columns(
     group: int,
     zeros: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if native_rows.is_native(settings, problem.weight.device):
-        return native_rows.prune_columns(problem, settings, progress, group=group, zeros=zeros)
     triton = triton_steps.is_triton(settings, problem.weight.device)
     pruner = partial(prune_columns, group=group, zeros=zeros, triton=triton)
     return _all_rows(problem, settings, progress, pruner)
 
 
-def _nm_mask(
+def _nm(
     problem: DampedProblem, pattern: NM, settings: SolverSettings, progress: Progress
-) -> torch.Tensor:
-    order, _ = _columns(problem, settings, progress, group=pattern.m, zeros=pattern.m - pattern.n)
+) -> PrunedRows:
+    group, zeros = pattern.m, pattern.m - pattern.n
+    if native_rows.is_native(settings, problem.weight.device):
+        found = native_rows.prune_and_weigh(problem, settings, progress, group=group, zeros=zeros)
+        return PrunedRows(*found)
+    order, _ = _columns(problem, settings, progress, group=group, zeros=zeros)
     mask = torch.ones(problem.weight.shape, dtype=torch.bool, device=order.device)
-    return mask.scatter_(1, order.to(torch.int64), False)
+    mask.scatter_(1, order.to(torch.int64), False)
+    return PrunedRows(mask, best_weight(problem, mask, settings))
 
 
 def _all_rows(

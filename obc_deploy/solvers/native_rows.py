@@ -91,6 +91,22 @@ class LeftInverses:
         return size * (size + 1) // 2 * dtype.itemsize + 4 * size
 
 
+def prune_and_weigh(
+    problem: DampedProblem,
+    settings: SolverSettings,
+    progress: Progress,
+    *,
+    group: int,
+    zeros: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune `zeros` of each `group` consecutive columns; the survivors' best weights.
+
+    Returns:
+        (rows, cols) bool, true at survivors; (rows, cols) float64 weights.
+    """
+    return _prune_and_weigh(problem, settings, progress, group, zeros, None)
+
+
 def prune_and_leave(
     problem: DampedProblem,
     settings: SolverSettings,
@@ -99,26 +115,36 @@ def prune_and_leave(
     group: int,
     zeros: int,
 ) -> tuple[torch.Tensor, torch.Tensor, LeftInverses]:
-    """Prune `zeros` of each `group` consecutive columns, and keep the survivors' inverses.
-
-    Returns:
-        (rows, steps) int32 pruned column; (rows, cols) float64 weights that are best for what
-        survives; the inverses.
-    """
+    """`prune_and_weigh`, and the survivors' inverses in the settings' precision."""
     rows, cols = problem.weight.shape
-    steps = cols // group * zeros
-    size = cols - steps
-    order = torch.empty(rows, steps, dtype=torch.int32)
-    weights = torch.empty(rows, cols, dtype=torch.float64)
+    size = cols - cols // group * zeros
     left = LeftInverses(
         torch.empty(rows, size, dtype=torch.int32),
         torch.empty(rows, size * (size + 1) // 2, dtype=settings.dtype),
     )
+    return *_prune_and_weigh(problem, settings, progress, group, zeros, left), left
+
+
+def _prune_and_weigh(
+    problem: DampedProblem,
+    settings: SolverSettings,
+    progress: Progress,
+    group: int,
+    zeros: int,
+    left: LeftInverses | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, cols = problem.weight.shape
+    order = torch.empty(rows, cols // group * zeros, dtype=torch.int32)
+    weights = torch.empty(rows, cols, dtype=torch.float64)
+    size, columns, triangles = 0, None, None
+    if left is not None:
+        size, columns, triangles = left.columns.shape[1], left.columns, left.triangles
     _run(
-        "obc_prune_and_leave", problem, settings, progress,
-        group, zeros, order, weights, size, left.columns, left.triangles,
+        "obc_prune_and_weigh", problem, settings, progress,
+        group, zeros, order, weights, size, columns, triangles,
     )  # fmt: skip
-    return order, weights, left
+    mask = torch.ones(rows, cols, dtype=torch.bool)
+    return mask.scatter_(1, order.to(torch.int64), False), weights
 
 
 def prune_blocks(

@@ -58,7 +58,7 @@ def nm_then_obq(
     pruning = 1.0 - left_share**3
     pruning /= pruning + len(quantizations) * left_share**3
 
-    mask = torch.ones(rows, cols, dtype=torch.bool)
+    mask = torch.empty(rows, cols, dtype=torch.bool)
     weight = torch.empty(rows, cols, dtype=torch.float64)
     codes = [torch.empty(rows, cols, dtype=torch.int8) for _ in quantizations]
     grids: list[list[Grid]] = [[] for _ in quantizations]
@@ -66,11 +66,10 @@ def nm_then_obq(
         some = slice(start, min(start + batch, rows))
         part = problem.of_rows(some)
         report = part_of(progress, some.start / rows, some.stop / rows)
-        order, weight[some], left = native_rows.prune_and_leave(
+        mask[some], weight[some], left = native_rows.prune_and_leave(
             part, settings, part_of(report, 0.0, pruning),
             group=pattern.m, zeros=pattern.m - pattern.n,
         )  # fmt: skip
-        mask[some].scatter_(1, order.to(torch.int64), False)
         for i, quantization in enumerate(quantizations):
             share = (1.0 - pruning) / len(quantizations)
             begin = pruning + i * share

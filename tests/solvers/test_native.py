@@ -352,10 +352,11 @@ def test_rows_of_zeros_are_pruned_to_the_pattern_and_quantized_to_zero(instructi
 def test_weights_left_in_single_precision_are_refined(shape, pattern, instruction_set):
     """The loss of the weights that down-dating leaves is the least for their mask, to 1e-9."""
     problem = damped(*case(*shape))
-    order, weight, left = native_rows.prune_and_leave(
-        problem, SolverSettings(), silent, group=pattern.m, zeros=pattern.m - pattern.n
-    )
-    mask = torch.ones(weight.shape, dtype=torch.bool).scatter_(1, order.long(), False)
+    wanted = {"group": pattern.m, "zeros": pattern.m - pattern.n}
+    mask, weight, left = native_rows.prune_and_leave(problem, SolverSettings(), silent, **wanted)
+    alone = native_rows.prune_and_weigh(problem, SolverSettings(), silent, **wanted)
+    assert torch.equal(mask, alone[0])
+    assert torch.equal(weight, alone[1])
     best = best_weight(problem, mask, TORCH64)
     assert torch.equal(left.columns.sort(1)[0].flatten(), mask.nonzero()[:, 1].int())
 
