@@ -32,7 +32,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "obc_prune_columns": (_INT64, (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER)),
     "obc_prune_and_weigh": (
         _INT64,
-        (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
+        (_POINTER, *(_INT64,) * 4, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
     ),
     "obc_prune_blocks": (_INT64, (_POINTER, _INT64, _INT64, _POINTER, _POINTER)),
     "obc_quantize": (

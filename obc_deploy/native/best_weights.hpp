@@ -47,7 +47,7 @@ class BestWeights final : public RowSolver {
         const int64_t* counts = counts_ + row * levels_;
         const int64_t most = counts[levels - 1];
         chosen_.assign(order, order + most);
-        if (!factor_->factor(inverse, cols, chosen_, weight, progress)) return false;
+        if (!factor_->factor(inverse, cols, chosen_, weight, &progress)) return false;
         for (int64_t level = 0; level < levels; ++level) {
             const double* x = factor_->solve(counts[level]);
             std::copy(x, x + counts[level], amounts_.begin() + level * most);
@@ -77,7 +77,7 @@ class BestWeights final : public RowSolver {
         const int64_t* counts = counts_ + row * levels_;
         chosen_.assign(std::make_reverse_iterator(order + cols),
                        std::make_reverse_iterator(order + counts[first]));
-        if (!factor_->factor(hessian, cols, chosen_, target_ + row * cols, progress)) return false;
+        if (!factor_->factor(hessian, cols, chosen_, target_ + row * cols, &progress)) return false;
         for (int64_t level = first; level < levels_; ++level) {
             const int64_t left = cols - counts[level];
             const double* x = factor_->solve(left);

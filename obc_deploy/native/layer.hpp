@@ -79,8 +79,8 @@ struct GridSearch {
 // One instruction set's solvers, in one precision.
 struct RowSolvers {
     Outcome (*prune_columns)(const Layer&, const GroupZeros&, int32_t* order, void* increase);
-    Outcome (*prune_and_weigh)(const Layer&, const GroupZeros&, int32_t* order, double* weights,
-                               const LeftInverses*);
+    Outcome (*prune_and_weigh)(const Layer&, const GroupZeros&, bool precise, int32_t* order,
+                               double* weights, const LeftInverses*);
     Outcome (*prune_blocks)(const Layer&, int64_t width, int32_t* order, void* increase);
     Outcome (*quantize)(const Layer&, const WeightGrid&, const uint8_t* mask, int8_t* codes);
     Outcome (*quantize_left)(const Layer&, const WeightGrid&, const LeftInverses&, int8_t* codes);

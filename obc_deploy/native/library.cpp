@@ -75,12 +75,12 @@ int64_t obc_prune_columns(const Layer* layer, int64_t bits, int64_t group, int64
 
 // Inverses are left where there is memory for them.
 int64_t obc_prune_and_weigh(const Layer* layer, int64_t bits, int64_t group, int64_t zeros,
-                            int32_t* order, double* weights, int64_t size, int32_t* columns,
-                            void* triangles) {
+                            int64_t precise, int32_t* order, double* weights, int64_t size,
+                            int32_t* columns, void* triangles) {
     return outcome_of([&] {
         const LeftInverses left{size, columns, triangles};
-        return solvers(bits).prune_and_weigh(*layer, GroupZeros{group, zeros}, order, weights,
-                                             triangles ? &left : nullptr);
+        return solvers(bits).prune_and_weigh(*layer, GroupZeros{group, zeros}, precise != 0, order,
+                                             weights, triangles ? &left : nullptr);
     });
 }
 

@@ -14,7 +14,7 @@ class NestedFactor {
     // Rows and columns `chosen` of a symmetric positive definite matrix, and the right-hand side;
     // false once the caller wants to stop.
     bool factor(const double* full, int64_t full_length, const std::vector<int64_t>& chosen,
-                const double* right, const Progress& progress) {
+                const double* right, const Progress* progress = nullptr) {
         count_ = int64_t(chosen.size());
         for (int64_t i = 0; i < count_; ++i) {
             const double* from = full + chosen[i] * full_length;
@@ -24,7 +24,7 @@ class NestedFactor {
         }
         for (int64_t start = 0; start < count_; start += kBlock) {
             eliminate(start, count_ - start < kBlock ? count_ - start : kBlock);
-            if (progress.stopped()) return false;
+            if (progress && progress->stopped()) return false;
         }
         return true;
     }

@@ -10,12 +10,13 @@ template <class T>
 class PruneColumns final : public RowSolver {
   public:
     PruneColumns(const Layer& layer, const Start<T>& start, GroupZeros zeros, int32_t* order,
-                 T* increase, double* weights = nullptr, const LeftInverses* left = nullptr)
+                 T* increase, bool precise = false, double* weights = nullptr,
+                 const LeftInverses* left = nullptr)
         : layer_(layer), start_(start), zeros_(zeros), order_(order), increase_(increase),
           weights_(weights), left_(left),
           inverse_(layer.cols, layer.lazy), weight_(inverse_.length), diagonal_(inverse_.length),
-          given_(layer.cols / zeros.group), place_(layer.cols), lost_(weights ? layer.cols : 0),
-          residual_(lost_.size()), step_(lost_.size()) {}
+          given_(layer.cols / zeros.group), place_(layer.cols),
+          refined_(weights ? new RefinedWeights<T>(layer, precise) : nullptr) {}
 
     bool run(int64_t row, Progress& progress) override {
         const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
@@ -29,11 +30,13 @@ class PruneColumns final : public RowSolver {
         std::fill(given_.begin(), given_.end(), 0);
 
         T score = 0;
+        double loss = 0;
         int64_t p = restart(&score);
         for (int64_t step = 0; step < steps; ++step) {
             const int64_t column = inverse_.column[p];
             order[step] = int32_t(column);
             if (increase_) increase_[row * steps + step] = score;
+            loss += double(score);
             if (step + 1 == steps && !weights_) break;
             close_finished_group(column);
             p = eliminate(p, &score);
@@ -45,35 +48,18 @@ class PruneColumns final : public RowSolver {
             }
         }
         const int64_t before = inverse_.size;
-        if (weights_) leave(row);
+        if (weights_) leave(row, loss);
         return progress.end_row(before);
     }
 
   private:
-    // The survivors' weights, by one step of iterative refinement: down-dating in single precision
-    // leaves a residual H (w - x), which is computed in double. Their inverse where it is wanted.
-    void leave(int64_t row) {
+    // The survivors' weights, and their inverse where it is wanted.
+    void leave(int64_t row, double loss) {
         if (inverse_.kept()) compact();
-        const int64_t cols = layer_.cols, size = inverse_.size;
-        const double* weight = layer_.weight + row * cols;
-        const double* hessian = layer_.hessian + layer_.group_of_row[row] * cols * cols;
-        const int32_t* columns = inverse_.column;
-        std::copy(weight, weight + cols, lost_.begin());
-        for (int64_t i = 0; i < size; ++i) lost_[columns[i]] -= double(weight_[i]);
-        for (int64_t i = 0; i < size; ++i) {
-            residual_[i] = dot(hessian + columns[i] * cols, lost_.data(), cols);
-        }
-        std::fill(step_.begin(), step_.end(), 0.0);
-        for (int64_t i = 0; i < size; ++i) {
-            const T* g = inverse_.row(i);
-            for (int64_t j = 0; j < i; ++j) step_[j] += double(g[j]) * residual_[i];
-            step_[i] += dot(g, residual_.data(), i + 1);
-        }
-        double* to = weights_ + row * cols;
-        std::fill(to, to + cols, 0.0);
-        for (int64_t i = 0; i < size; ++i) to[columns[i]] = double(weight_[i]) + step_[i];
+        const int64_t size = inverse_.size;
+        refined_->find(row, inverse_, weight_, loss, weights_ + row * layer_.cols);
         if (!left_) return;
-        std::copy_n(columns, size, left_->columns + row * size);
+        std::copy_n(static_cast<const int32_t*>(inverse_.column), size, left_->columns + row * size);
         inverse_.pack(static_cast<T*>(left_->triangles) + row * (size * (size + 1) / 2));
     }
 
@@ -148,5 +134,5 @@ class PruneColumns final : public RowSolver {
     Buffer<T> weight_, diagonal_;
     std::vector<int64_t> given_;
     std::vector<int32_t> place_;
-    std::vector<double> lost_, residual_, step_;
+    std::unique_ptr<RefinedWeights<T>> refined_;
 };

@@ -5,10 +5,11 @@
 #include "rows.hpp"
 #include "swept_inverse.hpp"
 #include "downdated_inverse.hpp"
+#include "nested_factor.hpp"
+#include "refined_weights.hpp"
 #include "prune_columns.hpp"
 #include "prune_blocks.hpp"
 #include "quantize.hpp"
-#include "nested_factor.hpp"
 #include "best_weights.hpp"
 #include "find_grid.hpp"
 
@@ -22,12 +23,12 @@ Outcome prune_columns(const Layer& layer, const GroupZeros& zeros, int32_t* orde
 }
 
 template <class T>
-Outcome prune_and_weigh(const Layer& layer, const GroupZeros& zeros, int32_t* order,
+Outcome prune_and_weigh(const Layer& layer, const GroupZeros& zeros, bool precise, int32_t* order,
                         double* weights, const LeftInverses* left) {
     const Start<T> start(layer);
     return over_rows(layer, [&] {
-        return std::make_unique<PruneColumns<T>>(layer, start, zeros, order, nullptr, weights,
-                                                 left);
+        return std::make_unique<PruneColumns<T>>(layer, start, zeros, order, nullptr, precise,
+                                                 weights, left);
     });
 }
 

@@ -212,6 +212,7 @@ def _solve_exactly(
     grids = _grids_of_patterns(schemes)
     patterns = [pattern for pattern in grids if pattern is not None]
     native = native_rows.is_native(settings, checked.weight.device)
+    native = native and native_rows.leaves_precise_inverses(problem, settings)
     handed = {
         each: grids.pop(each)
         for each in patterns

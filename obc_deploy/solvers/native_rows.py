@@ -27,6 +27,10 @@ WIDE = 1024
 """Columns from which longer updates pay: the inverse no longer fits the second-level cache."""
 
 
+_LEAST_PRECISE = 1e-3
+"""Rounding that an inverse may carry, as a share of what is least in it."""
+
+
 class SlowSolverWarning(UserWarning):
     """The compiled solvers are missing, so the exact methods take several times longer."""
 
@@ -71,6 +75,16 @@ def prune_columns(
     increase = torch.empty(rows, steps, dtype=settings.dtype)
     _run("obc_prune_columns", problem, settings, progress, group, zeros, order, increase)
     return order, increase
+
+
+def leaves_precise_inverses(problem: DampedProblem, settings: SolverSettings) -> bool:
+    """Whether down-dating leaves (H_SS)⁻¹ with a few digits.
+
+    1 / (H_ii · G_ii) is the share of a column's energy that the other columns do not tell; what is
+    far below it is rounding.
+    """
+    told = problem.hessian.diagonal(dim1=1, dim2=2) * problem.inverse.diagonal(dim1=1, dim2=2)
+    return float(told.max()) * torch.finfo(settings.dtype).eps < _LEAST_PRECISE
 
 
 @dataclass(frozen=True)
@@ -141,7 +155,8 @@ def _prune_and_weigh(
         size, columns, triangles = left.columns.shape[1], left.columns, left.triangles
     _run(
         "obc_prune_and_weigh", problem, settings, progress,
-        group, zeros, order, weights, size, columns, triangles,
+        group, zeros, int(leaves_precise_inverses(problem, settings)), order, weights, size,
+        columns, triangles,
     )  # fmt: skip
     mask = torch.ones(rows, cols, dtype=torch.bool)
     return mask.scatter_(1, order.to(torch.int64), False), weights

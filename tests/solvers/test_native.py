@@ -369,6 +369,29 @@ def test_weights_left_in_single_precision_are_refined(shape, pattern, instructio
     torch.testing.assert_close(weight, best, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("damping", [1e-4, 1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("samples", [500, 150])
+def test_weights_are_the_best_where_single_precision_is_not_enough(
+    damping, samples, instruction_set
+):
+    """Inputs with a mean far beyond their spread, or fewer of them than columns."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((200, samples)) + 30 * rng.standard_normal((200, 1))
+    hessian, weight = inputs @ inputs.T / samples, rng.standard_normal((6, 200))
+    problem = damp(
+        check_problem(
+            layer(weight, hessian, damping), needs_hessian=True, device=torch.device("cpu")
+        )
+    )
+    mask, found = native_rows.prune_and_weigh(problem, SolverSettings(), silent, group=4, zeros=2)
+    best = best_weight(problem, mask, TORCH64)
+    lost, least = problem.weight - found, problem.weight - best
+    hessian = problem.hessian[0]
+    assert torch.all(
+        (lost @ hessian * lost).sum(1) <= (least @ hessian * least).sum(1) * (1 + 1e-6)
+    )
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "group"), [(5, 1, None), (7, 33, None), (3, 600, 24)])
