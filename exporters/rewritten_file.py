@@ -6,7 +6,8 @@ float ones, which become integer operators first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class RewrittenFile:
             not stored.
         integer_layers: convolutions and fully connected layers in integers, sparse or not.
         relative_error: ‖new - old‖ / ‖old‖ of the outputs on random inputs; None unchecked.
+        sample: one such input, of batch size 1 where that is open: input name to array.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class RewrittenFile:
     layers: tuple[tuple[str, float], ...]
     integer_layers: int
     relative_error: float | None
+    sample: Mapping[str, Array] = field(compare=False)
 
 
 def _load(source: Path) -> onnx.ModelProto:
@@ -261,5 +264,6 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
             f"cannot write '{file}': {failure.strerror}; choose a writable place"
         ) from failure
     return RewrittenFile(
-        file, file.stat().st_size, dense_bytes, sparse.layers, len(integer) + len(floats), error
+        file, file.stat().st_size, dense_bytes, sparse.layers, len(integer) + len(floats), error,
+        feeds[0],
     )  # fmt: skip

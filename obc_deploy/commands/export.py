@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +21,13 @@ from obc_deploy.commands.engine import (
 )
 from obc_deploy.commands.output import Output, Stage
 from obc_deploy.commands.two_of_four import two_of_four
-from obc_deploy.errors import ArtifactError, ExportError, RuntimeFailedError
+from obc_deploy.errors import ArtifactError, ExportError, MeasurementError, RuntimeFailedError
 from obc_deploy.targets import TARGETS, EightBit, Processor, Target, as_target
 
 if TYPE_CHECKING:
     from obc_deploy.artifacts import Artifact
+    from obc_deploy.benchmarks.file_speedup import FileSpeedup
+    from obc_deploy.exporters.rewritten_file import RewrittenFile
     from obc_deploy.runtimes.audit import AcceleratedLayers, Audit
 
 MODEL_FILE = "model.onnx"
@@ -77,6 +79,14 @@ def export(
         bool,
         typer.Option("--no-check", help="Do not compare the file's outputs with PyTorch's."),
     ] = False,
+    no_timing: Annotated[
+        bool,
+        typer.Option(
+            "--no-timing",
+            help="Do not time what becomes of an .onnx file from elsewhere beside that file.",
+        ),
+    ] = False,
+    threads: o.Threads = None,
     processor: Annotated[
         Processor | None,
         typer.Option(
@@ -181,8 +191,13 @@ def export(
                 f"'{run}' keeps its own batch size; leave out --dynamic-batch and --batch-size"
             )
         goal = with_processor(as_target(target or "ort-sparse"), processor)
-        _rewrite(out, run, goal, output, check=not no_check)
+        _rewrite(out, run, goal, output, check=not no_check, timed=not no_timing, threads=threads)
         return
+    if threads is not None:
+        raise ExportError(
+            f"--threads {threads} is for timing an .onnx file from elsewhere; of '{run}' name it "
+            "to 'obc-deploy bench'"
+        )
     manifest = read_manifest(run)
     goal = as_target(target or manifest.settings.target or "onnxruntime")
     goal = with_processor(with_precision(goal, precision, fp8=fp8), processor)
@@ -254,7 +269,16 @@ def _smaller(found: int, dense: int) -> str:
     return f"{dense / found:.2f}x smaller than with every int8 weight stored ({size(dense)})"
 
 
-def _rewrite(out: Output, source: Path, goal: Target, output: Path | None, *, check: bool) -> None:
+def _rewrite(
+    out: Output,
+    source: Path,
+    goal: Target,
+    output: Path | None,
+    *,
+    check: bool,
+    timed: bool,
+    threads: int | None,
+) -> None:
     """An ONNX file from elsewhere, with sparse operators."""
     from obc_deploy.benchmarks.table import size
     from obc_deploy.exporters.rewritten_file import rewrite_onnx
@@ -272,6 +296,7 @@ def _rewrite(out: Output, source: Path, goal: Target, output: Path | None, *, ch
         out.warn("outputs were not compared with the original's (--no-check)")
     else:
         out.line(f"outputs differ from the original's by {made.relative_error:.1e} (relative)")
+    timing = _time_beside(out, source, made, goal, threads) if timed else None
     out.results(
         {
             "path": os.fspath(made.path),
@@ -281,8 +306,40 @@ def _rewrite(out: Output, source: Path, goal: Target, output: Path | None, *, ch
             "layers": dict(made.layers),
             "integer_layers": made.integer_layers,
             "relative_error": made.relative_error,
+            "timing": None if timing is None else asdict(timing),
         }
     )
+
+
+def _time_beside(
+    out: Output, source: Path, made: RewrittenFile, goal: Target, threads: int | None
+) -> FileSpeedup | None:
+    """Whether the new file is faster here; None where one of the two could not be timed."""
+    from obc_deploy.benchmarks.file_speedup import file_speedup
+    from obc_deploy.benchmarks.table import milliseconds, span, times
+
+    try:
+        with out.working() as say:
+            found = file_speedup(
+                source, made.path, made.sample, runtime=goal.runtime, threads=threads,
+                progress=lambda share: say("timing both files in turns", share),
+            )  # fmt: skip
+    except MeasurementError as error:
+        out.warn(str(error))
+        return None
+    out.line(
+        f"{times(found.speedup)} as fast as the original here ({span(found.interval)}): "
+        f"{milliseconds(found.after_ms)} ms, not {milliseconds(found.before_ms)} ms, at batch "
+        f"{found.batch_size} on {found.threads} thread{'s' if found.threads > 1 else ''}"
+    )
+    if found.noisy:
+        out.warn("timings are noisy: stop other work on this machine and export again")
+    if found.speedup < 1.0:
+        out.warn(
+            "it is no faster here: keep the original, or name the processor that it ships to "
+            "(--processor)"
+        )
+    return found
 
 
 def _notes(model: Any, goal: Target, notes: list[str]) -> list[str]:

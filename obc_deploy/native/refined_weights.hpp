@@ -36,7 +36,8 @@ class RefinedWeights {
         for (int turn = 0; turn < kMostSteps; ++turn) {
             precondition(left);
             const double excess = dot(residual_.data(), step_.data(), size);
-            if (excess <= kTolerance * loss) return true;
+            if (std::abs(excess) <= kTolerance * loss) return true;
+            if (!(excess > 0.0)) return false;
             const double keep = turn ? excess / before : 0.0;
             std::fill(full_.begin(), full_.end(), 0.0);
             for (int64_t i = 0; i < size; ++i) {

@@ -294,6 +294,12 @@ def test_audit_of_a_file_from_elsewhere(run: Run, tmp_path: Path) -> None:
     assert [layer["operator"] for layer in answer.json["layers"]] == ["MatMul"]
 
 
+def test_export_of_a_run_takes_no_threads(run: Run, lone_run: Path) -> None:
+    answer = run("export", lone_run, "--threads", 2)
+    assert answer.code == 2
+    assert "--threads 2 is for timing an .onnx file from elsewhere" in answer.err
+
+
 def test_bench_measures_and_reports(
     run: Run, finished_run: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -438,7 +438,16 @@ def test_the_processor_that_is_named_decides(compressed, tmp_path, monkeypatch):
     plain = model.export(tmp_path, target=QOPERATOR, check=False).path
     answers = {
         name: CliRunner().invoke(
-            app, ["export", str(plain), "-o", str(tmp_path / f"{name}.onnx"), "--processor", name]
+            app,
+            [
+                "export",
+                str(plain),
+                "-o",
+                str(tmp_path / f"{name}.onnx"),
+                "--processor",
+                name,
+                "--no-timing",
+            ],
         )
         for name in ("cascade-lake", "zen-4")
     }
@@ -477,13 +486,20 @@ def test_an_onnx_file_from_elsewhere(compressed, tmp_path, everywhere, source, d
     made = tmp_path / "made.onnx"
     answer = CliRunner().invoke(
         app,
-        ["export", str(given.path), "-t", SPARSE, "-o", str(made), "--json", str(made) + ".json"],
-    )
+        ["export", str(given.path), "-t", SPARSE, "-o", str(made), "--json", str(made) + ".json",
+         "--threads", "1"],
+    )  # fmt: skip
     assert answer.exit_code == 0, answer.output
+    assert "as fast as the original here" in answer.output
     told = json.loads((tmp_path / "made.onnx.json").read_text())
     assert len(told["layers"]) == told["integer_layers"] == 4
     assert told["size_bytes"] == made.stat().st_size
     assert told["relative_error"] < 1e-2
+    timing = told["timing"]
+    assert timing["threads"] == timing["batch_size"] == 1
+    assert timing["interval"][0] <= timing["speedup"] <= timing["interval"][1]
+    assert timing["after_ms"] > 0
+    assert timing["before_ms"] > 0
     proto = onnx.load(made)
     onnx.checker.check_model(proto, full_check=True)
     assert operators(made)["SparseConvolution"] == 3
