@@ -238,13 +238,21 @@ def _exported(
 
 
 def _artifact(model: CompressedModel, file: Path, target: Target, batch_size: int) -> Artifact:
-    """The artifact that is there already if it is of this very model, else a new one."""
+    """The artifact that is there already if it is of this very model for this machine, or new."""
+    from obc_deploy.exporters.operator_costs import processor_of
+
     if file.is_file():
         try:
             known = load_artifact(file)
         except ArtifactError:
             known = None
-        if known is not None and known.manifest.compression == model.manifest:
+        decided = processor_of(target)
+        processor = None if decided is None else decided.value
+        if (
+            known is not None
+            and known.manifest.compression == model.manifest
+            and known.manifest.processor == processor
+        ):
             return known
     return model.export(file, target=target, batch_size=batch_size)
 

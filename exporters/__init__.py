@@ -100,6 +100,9 @@ def export(
                     runtime=runtime, path=compared, codes=built.codes, views=built.views,
                     rounding=rounding, optimized=target.measured,
                 ).as_dict()  # fmt: skip
+    from obc_deploy.exporters.operator_costs import processor_of
+
+    decided = processor_of(target)
     manifest = ArtifactManifest(
         target=target.name,
         runtime=target.runtime,
@@ -123,6 +126,7 @@ def export(
             *built.notes,
         ],
         precision=target.precision.value,
+        processor=None if decided is None else decided.value,
         compression=model.manifest,
     )
     write_json(manifest_path(file), manifest)

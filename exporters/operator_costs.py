@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from functools import cache
 
 from obc_deploy.runtimes.fingerprint import take_fingerprint
-from obc_deploy.targets import Processor
+from obc_deploy.targets import Processor, Target
 
 Costs = Mapping[str, Mapping[str, float]]
 
@@ -165,6 +165,11 @@ _chosen: ContextVar[Processor | None] = ContextVar("processor", default=None)
 def processor_here() -> Processor:
     """The one that this machine's is most like: its maker's."""
     return Processor.ZEN_4 if "AMD" in take_fingerprint().cpu else Processor.CASCADE_LAKE
+
+
+def processor_of(target: Target) -> Processor | None:
+    """Whose costs decide between kernels in files for a target; None where it has no choice."""
+    return (target.processor or processor_here()) if target.sparse_operators else None
 
 
 @contextmanager

@@ -161,6 +161,8 @@ class ArtifactManifest(_Part):
     ir_version: int
     precision: str = "float32"
     """What computes where nothing is quantized."""
+    processor: str | None = None
+    """Whose costs decided between kernels; None where there was no choice."""
     dynamic_batch: bool
     batch_size: int | None
     layers: list[ArtifactLayer]

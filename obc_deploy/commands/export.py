@@ -301,6 +301,7 @@ def _rewrite(
         {
             "path": os.fspath(made.path),
             "target": goal.name,
+            "processor": made.processor.value,
             "size_bytes": made.size_bytes,
             "dense_size_bytes": made.dense_size_bytes,
             "layers": dict(made.layers),

@@ -462,6 +462,28 @@ def test_the_processor_that_is_named_decides(compressed, tmp_path, monkeypatch):
     assert "--processor zen-4 is for --target ort-sparse" in str(refused.exception)
 
 
+def test_a_file_says_whose_costs_decided_and_is_made_anew_for_another_processor(
+    compressed, tmp_path
+):
+    """A run that was measured on one machine, and then on one of another kind."""
+    from obc_deploy.benchmarks.comparison import _artifact
+
+    model = blocks(compressed, Residual, 0.8)
+    here = processor_here()
+    (elsewhere,) = set(Processor) - {here}
+    target = TARGETS[SPARSE]
+    file = tmp_path / "model.onnx"
+    made = _artifact(model, file, replace(target, processor=elsewhere), 1)
+    assert made.manifest.processor == elsewhere.value
+    again = _artifact(model, file, target, 1)
+    assert again.manifest.processor == here.value
+    stamp = file.stat().st_mtime_ns
+    assert _artifact(model, file, target, 1) == again
+    assert file.stat().st_mtime_ns == stamp
+    plain = _artifact(model, tmp_path / "plain.onnx", TARGETS["onnxruntime"], 1)
+    assert plain.manifest.processor is None
+
+
 @pytest.mark.parametrize(("channels", "group", "counts"), [(1, 1, True), (8, 8, False)])
 def test_a_layer_of_one_input_channel_is_no_depthwise_one(channels, group, counts):
     codes = numpy_helper.from_array(np.ones((8, 1, 3, 3), np.int8), "w")
@@ -495,6 +517,7 @@ def test_an_onnx_file_from_elsewhere(compressed, tmp_path, everywhere, source, d
     assert len(told["layers"]) == told["integer_layers"] == 4
     assert told["size_bytes"] == made.stat().st_size
     assert told["relative_error"] < 1e-2
+    assert told["processor"] == processor_here().value
     timing = told["timing"]
     assert timing["threads"] == timing["batch_size"] == 1
     assert timing["interval"][0] <= timing["speedup"] <= timing["interval"][1]
