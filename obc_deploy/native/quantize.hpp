@@ -21,7 +21,7 @@ class Quantize final : public RowSolver {
           restricted_(mask ? new SweptInverse(layer.cols) : nullptr) {}
 
     bool run(int64_t row, Progress& progress) override {
-        const int64_t cols = layer_.cols, group = layer_.group_of_row[row];
+        const int64_t cols = layer_.cols;
         const double* weight = layer_.weight + row * cols;
         const double* scale = grid_.scale + row * cols;
         const double* zero = grid_.zero_point + row * cols;
