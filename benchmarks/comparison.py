@@ -246,12 +246,10 @@ def _artifact(model: CompressedModel, file: Path, target: Target, batch_size: in
             known = load_artifact(file)
         except ArtifactError:
             known = None
-        decided = processor_of(target)
-        processor = None if decided is None else decided.value
         if (
             known is not None
             and known.manifest.compression == model.manifest
-            and known.manifest.processor == processor
+            and known.manifest.processor == processor_of(target)
         ):
             return known
     return model.export(file, target=target, batch_size=batch_size)

@@ -52,6 +52,7 @@ def export(
 
     from obc_deploy.exporters import parity as comparison
     from obc_deploy.exporters.onnx_file import build_onnx
+    from obc_deploy.exporters.operator_costs import processor_of
 
     if batch_size < 1:
         raise ExportError(f"batch size {batch_size}: give 1 or more")
@@ -100,9 +101,6 @@ def export(
                     runtime=runtime, path=compared, codes=built.codes, views=built.views,
                     rounding=rounding, optimized=target.measured,
                 ).as_dict()  # fmt: skip
-    from obc_deploy.exporters.operator_costs import processor_of
-
-    decided = processor_of(target)
     manifest = ArtifactManifest(
         target=target.name,
         runtime=target.runtime,
@@ -126,7 +124,7 @@ def export(
             *built.notes,
         ],
         precision=target.precision.value,
-        processor=None if decided is None else decided.value,
+        processor=processor_of(target),
         compression=model.manifest,
     )
     write_json(manifest_path(file), manifest)

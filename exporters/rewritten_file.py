@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from obc_deploy.data import first_line
 from obc_deploy.errors import ArtifactError, ExportError
-from obc_deploy.targets import Processor, Target
+from obc_deploy.targets import Target
 from obc_deploy.whole_files import whole_file
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class RewrittenFile:
             not stored.
         integer_layers: convolutions and fully connected layers in integers, sparse or not.
         relative_error: ‖new - old‖ / ‖old‖ of the outputs on random inputs; None unchecked.
-        processor: whose costs decided which layers are sparse.
         sample: one such input, of batch size 1 where that is open: input name to array.
     """
 
@@ -52,7 +51,6 @@ class RewrittenFile:
     layers: tuple[tuple[str, float], ...]
     integer_layers: int
     relative_error: float | None
-    processor: Processor
     sample: Mapping[str, Array] = field(compare=False)
 
 
@@ -198,7 +196,6 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     import onnx_ir as ir
 
     from obc_deploy.exporters.edit import drop_dead
-    from obc_deploy.exporters.operator_costs import processor_here
     from obc_deploy.exporters.parity import QUANTIZED_TOLERANCE, relative_error
     from obc_deploy.exporters.qoperator import to_qoperators
     from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS
@@ -268,5 +265,5 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
         ) from failure
     return RewrittenFile(
         file, file.stat().st_size, dense_bytes, sparse.layers, len(integer) + len(floats), error,
-        target.processor or processor_here(), feeds[0],
+        feeds[0],
     )  # fmt: skip

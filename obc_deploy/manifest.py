@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from obc_deploy.errors import RunDirectoryError
+from obc_deploy.targets import Processor
 from obc_deploy.whole_files import whole_file
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -161,7 +162,7 @@ class ArtifactManifest(_Part):
     ir_version: int
     precision: str = "float32"
     """What computes where nothing is quantized."""
-    processor: str | None = None
+    processor: Processor | None = None
     """Whose costs decided between kernels; None where there was no choice."""
     dynamic_batch: bool
     batch_size: int | None

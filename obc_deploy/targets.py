@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
 from obc_deploy.errors import TargetError
@@ -53,7 +53,7 @@ class EightBit(Enum):
     """E4M3 floats: weights are rounded to them from the solver's grid."""
 
 
-class Processor(Enum):
+class Processor(StrEnum):
     """Processors on which operators' costs were measured."""
 
     CASCADE_LAKE = "cascade-lake"

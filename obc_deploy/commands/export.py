@@ -281,6 +281,7 @@ def _rewrite(
 ) -> None:
     """An ONNX file from elsewhere, with sparse operators."""
     from obc_deploy.benchmarks.table import size
+    from obc_deploy.exporters.operator_costs import processor_of
     from obc_deploy.exporters.rewritten_file import rewrite_onnx
 
     file = output or source.with_name(f"{source.stem}.{goal.name}.onnx")
@@ -301,7 +302,7 @@ def _rewrite(
         {
             "path": os.fspath(made.path),
             "target": goal.name,
-            "processor": made.processor.value,
+            "processor": processor_of(goal),
             "size_bytes": made.size_bytes,
             "dense_size_bytes": made.dense_size_bytes,
             "layers": dict(made.layers),

@@ -37,11 +37,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "obc_prune_blocks": (_INT64, (_POINTER, _INT64, _INT64, _POINTER, _POINTER)),
     "obc_quantize": (
         _INT64,
-        (_POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER),
-    ),
-    "obc_quantize_left": (
-        _INT64,
-        (_POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64, _INT64, *(_POINTER,) * 3),
+        (
+            *(_POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64),
+            *(_POINTER, _INT64, _POINTER, _POINTER, _POINTER),
+        ),
     ),
     "obc_best_weights": (
         _INT64,

@@ -88,11 +88,6 @@ class BestWeights final : public RowSolver {
         return true;
     }
 
-    static void subtract(double* __restrict__ to, double amount, const double* __restrict__ from,
-                         int64_t count) {
-        for (int64_t j = 0; j < count; ++j) to[j] -= amount * from[j];
-    }
-
     Out* level_row(int64_t row, int64_t level) const {
         return weights_ + (level * layer_.rows + row) * layer_.cols;
     }

@@ -71,6 +71,12 @@ inline double dot(const A* a, const double* b, int64_t count) {
     return rest;
 }
 
+// to_j <- to_j - amount from_j
+inline void subtract(double* __restrict__ to, double amount, const double* __restrict__ from,
+                     int64_t count) {
+    for (int64_t j = 0; j < count; ++j) to[j] -= amount * from[j];
+}
+
 // The smallest value met so far, lane by lane, with its place.
 template <class T>
 struct Least {

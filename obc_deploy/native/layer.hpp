@@ -82,8 +82,8 @@ struct RowSolvers {
     Outcome (*prune_and_weigh)(const Layer&, const GroupZeros&, bool precise, int32_t* order,
                                double* weights, const LeftInverses*);
     Outcome (*prune_blocks)(const Layer&, int64_t width, int32_t* order, void* increase);
-    Outcome (*quantize)(const Layer&, const WeightGrid&, const uint8_t* mask, int8_t* codes);
-    Outcome (*quantize_left)(const Layer&, const WeightGrid&, const LeftInverses&, int8_t* codes);
+    Outcome (*quantize)(const Layer&, const WeightGrid&, const uint8_t* mask, const LeftInverses*,
+                        int8_t* codes);
     Outcome (*best_weights)(const Layer&, const int32_t* order, const int64_t* counts,
                             int64_t levels, const double* target, void* weights);
     double (*update_rate)(int64_t size, int64_t depth, int64_t repeats);

@@ -89,20 +89,15 @@ int64_t obc_prune_blocks(const Layer* layer, int64_t bits, int64_t width, int32_
     return outcome_of([&] { return solvers(bits).prune_blocks(*layer, width, order, increase); });
 }
 
+// From a mask of the survivors, or from the inverses that pruning left, or with neither from all.
 int64_t obc_quantize(const Layer* layer, int64_t bits, const double* scale,
                      const double* zero_point, int64_t code_min, int64_t code_max,
-                     const uint8_t* mask, int8_t* codes) {
-    const WeightGrid grid{scale, zero_point, code_min, code_max};
-    return outcome_of([&] { return solvers(bits).quantize(*layer, grid, mask, codes); });
-}
-
-int64_t obc_quantize_left(const Layer* layer, int64_t bits, const double* scale,
-                          const double* zero_point, int64_t code_min, int64_t code_max,
-                          int64_t size, int32_t* columns, void* triangles, int8_t* codes) {
+                     const uint8_t* mask, int64_t size, int32_t* columns, void* triangles,
+                     int8_t* codes) {
     const WeightGrid grid{scale, zero_point, code_min, code_max};
     return outcome_of([&] {
-        return solvers(bits).quantize_left(*layer, grid, LeftInverses{size, columns, triangles},
-                                           codes);
+        const LeftInverses left{size, columns, triangles};
+        return solvers(bits).quantize(*layer, grid, mask, triangles ? &left : nullptr, codes);
     });
 }
 

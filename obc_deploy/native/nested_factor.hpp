@@ -79,7 +79,7 @@ class NestedFactor {
         }
     }
 
-    // Sum of f_j x_j for j from `begin` on; x is zero beyond `count` to a whole vector.
+    // `dot` in whole aligned vectors, which short sums need: f_j x_j from `begin` on; x is zero beyond `count` to a whole vector.
     double product(const double* f, int64_t begin, int64_t count) const {
         const double* x = x_;
         const int64_t end = whole_vectors<double>(count);
@@ -97,11 +97,6 @@ class NestedFactor {
         sums[0] += sums[1] + (sums[2] + sums[3]);
         for (int lane = 0; lane < kLanes<double>; ++lane) sum += sums[0][lane];
         return sum;
-    }
-
-    static void subtract(double* __restrict__ to, double amount, const double* __restrict__ from,
-                         int64_t count) {
-        for (int64_t j = 0; j < count; ++j) to[j] -= amount * from[j];
     }
 
     int64_t length_;

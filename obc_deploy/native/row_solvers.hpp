@@ -53,8 +53,8 @@ Outcome prune_blocks(const Layer& layer, int64_t width, int32_t* order, void* in
 }
 
 template <class T>
-Outcome quantize_from(const Layer& layer, const WeightGrid& grid, const uint8_t* mask,
-                      const LeftInverses* left, int8_t* codes) {
+Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask,
+                 const LeftInverses* left, int8_t* codes) {
     const Start<T> start(layer, !left);
     bool one_grid = true;
     for (int64_t row = 0; row < layer.rows && one_grid; ++row) {
@@ -70,17 +70,6 @@ Outcome quantize_from(const Layer& layer, const WeightGrid& grid, const uint8_t*
         }
         return std::make_unique<Quantize<T, false>>(layer, start, grid, mask, left, codes);
     });
-}
-
-template <class T>
-Outcome quantize(const Layer& layer, const WeightGrid& grid, const uint8_t* mask, int8_t* codes) {
-    return quantize_from<T>(layer, grid, mask, nullptr, codes);
-}
-
-template <class T>
-Outcome quantize_left(const Layer& layer, const WeightGrid& grid, const LeftInverses& left,
-                      int8_t* codes) {
-    return quantize_from<T>(layer, grid, nullptr, &left, codes);
 }
 
 template <class T>
@@ -116,6 +105,6 @@ double update_rate(int64_t size, int64_t depth, int64_t repeats) {
 
 template <class T>
 constexpr RowSolvers solvers() {
-    return {prune_columns<T>, prune_and_weigh<T>, prune_blocks<T>, quantize<T>,
-            quantize_left<T>, best_weights<T>,    update_rate<T>};
+    return {prune_columns<T>, prune_and_weigh<T>, prune_blocks<T>,
+            quantize<T>,      best_weights<T>,    update_rate<T>};
 }

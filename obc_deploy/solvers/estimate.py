@@ -98,12 +98,6 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
     schemes = len(shape.schemes)
     total = Work(factors=cols**3, inverses=2 * rows * cols**2 * schemes, calls=schemes)
     native = native_rows.is_native(settings, torch.device("cpu"))
-    # N:M patterns whose inverses compiled rows hand over to the quantization that follows.
-    handed = {
-        scheme.pattern
-        for scheme in shape.schemes
-        if native and not shape.pruned and isinstance(scheme.pattern, NM) and scheme.quantization
-    }
     patterns = list(dict.fromkeys(s.pattern for s in shape.schemes if s.pattern is not None))
     kinds = dict.fromkeys(pattern_kind(pattern) for pattern in patterns)
     for kind in () if shape.pruned else kinds:
@@ -129,9 +123,11 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
         else:
             left = (1 - sparsity_of(scheme.pattern)) * cols
             total += run(left)
-            if native and 2 * left >= cols and scheme.pattern not in handed:
+            if native and not shape.pruned and isinstance(scheme.pattern, NM):
+                continue  # compiled rows hand over the inverses that pruning left
+            if native and 2 * left >= cols:
                 total += Work(updates=rows * (cols**3 - left**3) / 3)
-            elif scheme.pattern not in handed:
+            else:
                 total += Work(inverses=rows * left**3)
     return total
 

@@ -229,11 +229,10 @@ def _columns(
 def _nm(
     problem: DampedProblem, pattern: NM, settings: SolverSettings, progress: Progress
 ) -> PrunedRows:
-    group, zeros = pattern.m, pattern.m - pattern.n
     if native_rows.is_native(settings, problem.weight.device):
-        found = native_rows.prune_and_weigh(problem, settings, progress, group=group, zeros=zeros)
-        return PrunedRows(*found)
-    order, _ = _columns(problem, settings, progress, group=group, zeros=zeros)
+        return PrunedRows(*native_rows.prune_and_weigh(problem, pattern, settings, progress))
+    zeros = pattern.m - pattern.n
+    order, _ = _columns(problem, settings, progress, group=pattern.m, zeros=zeros)
     mask = torch.ones(problem.weight.shape, dtype=torch.bool, device=order.device)
     mask.scatter_(1, order.to(torch.int64), False)
     return PrunedRows(mask, best_weight(problem, mask, settings))

@@ -15,6 +15,7 @@ import torch
 
 from obc_deploy import native
 from obc_deploy.errors import ProblemError
+from obc_deploy.schemes import NM
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.grids import Grid
 from obc_deploy.solvers.problems import DampedProblem
@@ -99,64 +100,58 @@ class LeftInverses:
     columns: torch.Tensor
     triangles: torch.Tensor
 
+    @classmethod
+    def room(cls, rows: int, cols: int, pattern: NM, dtype: torch.dtype) -> LeftInverses:
+        """Memory for what a pattern leaves of so many rows."""
+        size = cols // pattern.m * pattern.n
+        return cls(
+            torch.empty(rows, size, dtype=torch.int32),
+            torch.empty(rows, size * (size + 1) // 2, dtype=dtype),
+        )
+
     @staticmethod
-    def bytes_per_row(size: int, dtype: torch.dtype) -> int:
-        """Memory that a row with `size` survivors takes."""
+    def row_bytes(cols: int, pattern: NM, dtype: torch.dtype) -> int:
+        """Memory that a row takes."""
+        size = cols // pattern.m * pattern.n
         return size * (size + 1) // 2 * dtype.itemsize + 4 * size
+
+
+def _as_arguments(
+    left: LeftInverses | None,
+) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+    return (
+        (0, None, None) if left is None else (left.columns.shape[1], left.columns, left.triangles)
+    )
 
 
 def prune_and_weigh(
     problem: DampedProblem,
+    pattern: NM,
     settings: SolverSettings,
     progress: Progress,
     *,
-    group: int,
-    zeros: int,
+    left: LeftInverses | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prune `zeros` of each `group` consecutive columns; the survivors' best weights.
+    """Prune to an N:M pattern, and find the best weights for what survives.
+
+    Args:
+        problem: the layer.
+        pattern: the pattern, which divides the columns.
+        settings: precision.
+        progress: told the share of the work done.
+        left: gets the survivors' inverses, where they are wanted.
 
     Returns:
         (rows, cols) bool, true at survivors; (rows, cols) float64 weights.
     """
-    return _prune_and_weigh(problem, settings, progress, group, zeros, None)
-
-
-def prune_and_leave(
-    problem: DampedProblem,
-    settings: SolverSettings,
-    progress: Progress,
-    *,
-    group: int,
-    zeros: int,
-) -> tuple[torch.Tensor, torch.Tensor, LeftInverses]:
-    """`prune_and_weigh`, and the survivors' inverses in the settings' precision."""
     rows, cols = problem.weight.shape
-    size = cols - cols // group * zeros
-    left = LeftInverses(
-        torch.empty(rows, size, dtype=torch.int32),
-        torch.empty(rows, size * (size + 1) // 2, dtype=settings.dtype),
-    )
-    return *_prune_and_weigh(problem, settings, progress, group, zeros, left), left
-
-
-def _prune_and_weigh(
-    problem: DampedProblem,
-    settings: SolverSettings,
-    progress: Progress,
-    group: int,
-    zeros: int,
-    left: LeftInverses | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, cols = problem.weight.shape
-    order = torch.empty(rows, cols // group * zeros, dtype=torch.int32)
+    zeros = pattern.m - pattern.n
+    order = torch.empty(rows, cols // pattern.m * zeros, dtype=torch.int32)
     weights = torch.empty(rows, cols, dtype=torch.float64)
-    size, columns, triangles = 0, None, None
-    if left is not None:
-        size, columns, triangles = left.columns.shape[1], left.columns, left.triangles
     _run(
         "obc_prune_and_weigh", problem, settings, progress,
-        group, zeros, int(leaves_precise_inverses(problem, settings)), order, weights, size,
-        columns, triangles,
+        pattern.m, zeros, int(leaves_precise_inverses(problem, settings)), order, weights,
+        *_as_arguments(left),
     )  # fmt: skip
     mask = torch.ones(rows, cols, dtype=torch.bool)
     return mask.scatter_(1, order.to(torch.int64), False), weights
@@ -192,6 +187,8 @@ def quantize(
     grid: Grid,
     settings: SolverSettings,
     progress: Progress,
+    *,
+    left: LeftInverses | None = None,
 ) -> torch.Tensor:
     """OBQ codes (rows, cols) int8; with a mask of the survivors only, as `solvers.obq`.
 
@@ -202,6 +199,7 @@ def quantize(
         grid: the rows' grids.
         settings: precision.
         progress: told the share of the work done.
+        left: in place of a mask, what pruning left, in the settings' precision.
     """
     cols = weight.shape[1]
     scale, zero_point = (each.contiguous() for each in grid.per_column(cols, torch.float64))
@@ -209,36 +207,8 @@ def quantize(
     stays = None if mask is None else mask.to(torch.uint8).contiguous()
     _run(
         "obc_quantize", problem, settings, progress,
-        scale, zero_point, grid.code_min, grid.code_max, stays, codes, weight=weight,
-    )  # fmt: skip
-    return codes
-
-
-def quantize_left(
-    problem: DampedProblem,
-    weight: torch.Tensor,
-    left: LeftInverses,
-    grid: Grid,
-    settings: SolverSettings,
-    progress: Progress,
-) -> torch.Tensor:
-    """OBQ codes (rows, cols) int8 of the survivors, as `quantize` from what pruning left.
-
-    Args:
-        problem: the layer.
-        weight: (rows, cols) float64, pruned.
-        left: the survivors and their inverses.
-        grid: the rows' grids.
-        settings: the precision that the inverses are in.
-        progress: told the share of the work done.
-    """
-    cols = weight.shape[1]
-    scale, zero_point = (each.contiguous() for each in grid.per_column(cols, torch.float64))
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    _run(
-        "obc_quantize_left", problem, settings, progress,
-        scale, zero_point, grid.code_min, grid.code_max, left.columns.shape[1], left.columns,
-        left.triangles, codes, weight=weight,
+        scale, zero_point, grid.code_min, grid.code_max, stays, *_as_arguments(left), codes,
+        weight=weight,
     )  # fmt: skip
     return codes
 

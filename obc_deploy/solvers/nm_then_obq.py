@@ -53,8 +53,7 @@ def nm_then_obq(
     """
     rows, cols = problem.weight.shape
     left_share = pattern.n / pattern.m
-    row_bytes = native_rows.LeftInverses.bytes_per_row(int(cols * left_share), settings.dtype)
-    batch = max(1, settings.memory // row_bytes)
+    row_bytes = native_rows.LeftInverses.row_bytes(cols, pattern, settings.dtype)
     pruning = 1.0 - left_share**3
     pruning /= pruning + len(quantizations) * left_share**3
 
@@ -62,22 +61,23 @@ def nm_then_obq(
     weight = torch.empty(rows, cols, dtype=torch.float64)
     codes = [torch.empty(rows, cols, dtype=torch.int8) for _ in quantizations]
     grids: list[list[Grid]] = [[] for _ in quantizations]
-    for start in range(0, rows, batch):
-        some = slice(start, min(start + batch, rows))
+    for some in settings.row_batches_of(rows, row_bytes):
         part = problem.of_rows(some)
         report = part_of(progress, some.start / rows, some.stop / rows)
-        mask[some], weight[some], left = native_rows.prune_and_leave(
-            part, settings, part_of(report, 0.0, pruning),
-            group=pattern.m, zeros=pattern.m - pattern.n,
-        )  # fmt: skip
+        batch = some.stop - some.start
+        left = native_rows.LeftInverses.room(batch, cols, pattern, settings.dtype)
+        mask[some], weight[some] = native_rows.prune_and_weigh(
+            part, pattern, settings, part_of(report, 0.0, pruning), left=left
+        )
         for i, quantization in enumerate(quantizations):
             share = (1.0 - pruning) / len(quantizations)
             begin = pruning + i * share
             # Of the pruned rows: survivors have grown to stand in for what is gone.
             grid = find_grid(weight[some], quantization)
-            codes[i][some] = native_rows.quantize_left(
-                part, weight[some], left, grid, settings, part_of(report, begin, begin + share)
-            )
+            codes[i][some] = native_rows.quantize(
+                part, weight[some], None, grid, settings, part_of(report, begin, begin + share),
+                left=left,
+            )  # fmt: skip
             grids[i].append(grid)
     quantized = [
         QuantizedRows(code, Grid.of_all_rows(parts))

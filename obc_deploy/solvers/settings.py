@@ -67,7 +67,10 @@ class SolverSettings:
 
     def row_batches(self, rows: int, cols: int, workers: int = 1) -> list[slice]:
         """Slices of rows, near equal, of which `workers` have inverses that fit the memory."""
-        row_bytes = cols * cols * self.dtype.itemsize
+        return self.row_batches_of(rows, cols * cols * self.dtype.itemsize, workers)
+
+    def row_batches_of(self, rows: int, row_bytes: int, workers: int = 1) -> list[slice]:
+        """The same for rows that take so many bytes each."""
         batches = -(-rows // max(1, self.memory // workers // row_bytes))
         size = -(-rows // min(rows, -(-batches // workers) * workers))
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -352,9 +352,11 @@ def test_rows_of_zeros_are_pruned_to_the_pattern_and_quantized_to_zero(instructi
 def test_weights_left_in_single_precision_are_refined(shape, pattern, instruction_set):
     """The loss of the weights that down-dating leaves is the least for their mask, to 1e-9."""
     problem = damped(*case(*shape))
-    wanted = {"group": pattern.m, "zeros": pattern.m - pattern.n}
-    mask, weight, left = native_rows.prune_and_leave(problem, SolverSettings(), silent, **wanted)
-    alone = native_rows.prune_and_weigh(problem, SolverSettings(), silent, **wanted)
+    left = native_rows.LeftInverses.room(*problem.weight.shape, pattern, torch.float32)
+    mask, weight = native_rows.prune_and_weigh(
+        problem, pattern, SolverSettings(), silent, left=left
+    )
+    alone = native_rows.prune_and_weigh(problem, pattern, SolverSettings(), silent)
     assert torch.equal(mask, alone[0])
     assert torch.equal(weight, alone[1])
     best = best_weight(problem, mask, TORCH64)
@@ -383,7 +385,7 @@ def test_weights_are_the_best_where_single_precision_is_not_enough(
             layer(weight, hessian, damping), needs_hessian=True, device=torch.device("cpu")
         )
     )
-    mask, found = native_rows.prune_and_weigh(problem, SolverSettings(), silent, group=4, zeros=2)
+    mask, found = native_rows.prune_and_weigh(problem, NM(2, 4), SolverSettings(), silent)
     best = best_weight(problem, mask, TORCH64)
     lost, least = problem.weight - found, problem.weight - best
     hessian = problem.hessian[0]
@@ -467,8 +469,8 @@ class GivenUpError(Exception):
 LONG_RUNS = {
     "columns": lambda problem, progress: trace_weights(problem, FLOAT64, progress),
     "blocks": lambda problem, progress: trace_blocks(problem, FLOAT64, progress),
-    "left": lambda problem, progress: native_rows.prune_and_leave(
-        problem, FLOAT64, progress, group=4, zeros=2
+    "left": lambda problem, progress: native_rows.prune_and_weigh(
+        problem, NM(2, 4), FLOAT64, progress
     ),
     "codes": lambda problem, progress: obq_codes(
         problem, find_grid(problem.weight, Quantization(4)), FLOAT64, progress
