@@ -17,7 +17,7 @@ from obc_deploy.database.outline import LayerOutline
 from obc_deploy.schemes import Scheme
 from obc_deploy.solvers import METHODS, check_scheme, needs_hessian
 from obc_deploy.solvers.estimate import LayerShape, estimate_seconds, layer_work
-from obc_deploy.solvers.settings import SolverSettings, precision, worker_threads
+from obc_deploy.solvers.settings import SolverSettings, precision
 
 LevelsOf = Callable[[LayerOutline], Iterable[Scheme]]
 """Which schemes a layer is to be solved for."""
@@ -226,7 +226,7 @@ def _memory(
     weights, cols = outline.weights, outline.cols
     size = 3 * 8 * weights
     if exact:
-        inverses = min(outline.rows, 2 * worker_threads(outline.rows, cols)) * cols**2 * 8
+        inverses = min(outline.rows, 2 * settings.workers(outline.rows, cols)) * cols**2 * 8
         size += _HESSIANS * 8 * outline.groups * cols**2 + min(settings.memory, inverses)
     patterns = len({form.pattern for form in missing if form.pattern is not None})
     grids = sum(form.quantization is not None for form in missing)

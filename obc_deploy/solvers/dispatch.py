@@ -8,7 +8,7 @@ updates any weight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,7 +38,7 @@ from obc_deploy.solvers.problems import (
     relative_error,
 )
 from obc_deploy.solvers.rtn import rtn_codes
-from obc_deploy.solvers.settings import SolverSettings, part_of, precision
+from obc_deploy.solvers.settings import SolverSettings, part_of, precision, torch_beside_rows
 
 METHODS = ("exact_obs", "magnitude", "rtn")
 """Names `method` may take; None is the first."""
@@ -163,10 +163,18 @@ def solve_levels(
     report = progress or _silent
     run = _solve_exactly if chosen == "exact_obs" else _solve_baseline
     home = problem.weight.device
-    with within_memory(checked):
-        solved = run(checked, wanted, settings, report)
+    with within_memory(checked), _threads_for(checked, settings) as theirs:
+        solved = run(checked, wanted, theirs, report)
         report(1.0)
         return [_result(checked, each, chosen, home) for each in solved]
+
+
+def _threads_for(
+    problem: CheckedProblem, settings: SolverSettings
+) -> AbstractContextManager[SolverSettings]:
+    if native_rows.is_native(settings, problem.weight.device):
+        return torch_beside_rows(settings, problem.weight.shape[1])
+    return nullcontext(settings)
 
 
 @contextmanager
@@ -259,7 +267,8 @@ def _quantize(
     progress: Progress,
 ) -> QuantizedRows:
     # Of the rows as they are now: survivors have grown to stand in for what was pruned.
-    grid = find_grid(problem.weight if pattern is None else rows.weight, quantization)
+    of_now = problem.weight if pattern is None else rows.weight
+    grid = find_grid(of_now, quantization, threads=settings.threads)
     if pattern is None:
         codes = obq_codes(problem, grid, settings, progress)
     else:

@@ -26,7 +26,7 @@ from obc_deploy.solvers.exact_obs import (
 )
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.problems import check_problem, damp
-from obc_deploy.solvers.settings import SolverSettings, torch_threads, worker_threads
+from obc_deploy.solvers.settings import SolverSettings, torch_threads
 
 _PROBE_ROWS, _PROBE_COLS = 16, 384
 _NM_SHARE = 0.7
@@ -242,7 +242,7 @@ def estimate_seconds(shapes: Iterable[LayerShape], settings: SolverSettings | No
         if near not in rates:
             rates[near] = measure_rates(near, settings)
         seconds = rates[near].seconds(layer_work(shape, settings))
-        total += seconds / worker_threads(shape.rows, shape.cols)
+        total += seconds / settings.workers(shape.rows, shape.cols)
     return total
 
 

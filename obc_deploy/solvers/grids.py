@@ -66,20 +66,29 @@ class Grid:
         return (codes.to(torch.float32) - zero_point) * scale
 
 
-def find_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool = True) -> Grid:
+def find_grid(
+    weight: torch.Tensor,
+    quantization: Quantization,
+    *,
+    shrink: bool = True,
+    threads: int | None = None,
+) -> Grid:
     """The best grids of a (rows, cols) weight: one per row, or one per group of its columns.
 
     Args:
         weight: (rows, cols).
         quantization: bits, groups, symmetry.
         shrink: search over shrunk ranges; the whole range is taken otherwise.
+        threads: CPU threads to search with; None: as many as torch uses.
     """
     rows, cols = weight.shape
     code_min, code_max = quantization.code_min, quantization.code_max
     grouped = weight.to(torch.float64).reshape(rows, -1, quantization.group or cols)
     steps = _SHRINK_STEPS if shrink else 1
     if weight.device.type == "cpu" and native.is_available():
-        return _find_natively(grouped.contiguous(), quantization, steps)
+        return _find_natively(
+            grouped.contiguous(), quantization, steps, threads or torch.get_num_threads()
+        )
     low = grouped.amin(-1, keepdim=True).clamp_(max=0.0)
     high = grouped.amax(-1, keepdim=True).clamp_(min=0.0)
     empty = (low == 0) & (high == 0)
@@ -112,13 +121,16 @@ def find_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool 
     )
 
 
-def _find_natively(grouped: torch.Tensor, quantization: Quantization, steps: int) -> Grid:
+def _find_natively(
+    grouped: torch.Tensor, quantization: Quantization, steps: int, threads: int
+) -> Grid:
     """The same search, compiled; `grouped` is (rows, groups, width) float64."""
     rows, groups, width = grouped.shape
     scale = torch.empty(rows, groups, dtype=torch.float32)
     zero_point = torch.empty(rows, groups, dtype=torch.int8)
     control = native.Control(0, 0)
-    threads = torch.get_num_threads() if grouped.numel() * steps > _WORTH_THREADS else 1
+    if grouped.numel() * steps <= _WORTH_THREADS:
+        threads = 1
     find = native.library().obc_find_grid
 
     def call() -> int:

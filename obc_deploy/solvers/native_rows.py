@@ -19,7 +19,7 @@ from obc_deploy.schemes import NM
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.grids import Grid
 from obc_deploy.solvers.problems import DampedProblem
-from obc_deploy.solvers.settings import SolverSettings, worker_threads
+from obc_deploy.solvers.settings import SolverSettings
 
 BLOCK_WIDTHS = (2, 4, 8, 16)
 """Widths of blocks that are compiled."""
@@ -266,7 +266,7 @@ def _run(
         problem.group_of_row.to(torch.int64).contiguous(),
         (problem.weight if weight is None else weight).to(torch.float64).contiguous(),
     )
-    lazy, threads = settings.update_length(wide=cols >= WIDE), worker_threads(rows, cols)
+    lazy, threads = settings.update_length(wide=cols >= WIDE), settings.workers(rows, cols)
     function = getattr(native.library(), name)
     bits = torch.finfo(settings.dtype).bits
     control = native.Control(0, 0)

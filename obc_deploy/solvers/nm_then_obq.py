@@ -73,7 +73,7 @@ def nm_then_obq(
             share = (1.0 - pruning) / len(quantizations)
             begin = pruning + i * share
             # Of the pruned rows: survivors have grown to stand in for what is gone.
-            grid = find_grid(weight[some], quantization)
+            grid = find_grid(weight[some], quantization, threads=settings.threads)
             codes[i][some] = native_rows.quantize(
                 part, weight[some], None, grid, settings, part_of(report, begin, begin + share),
                 left=left,

@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 
 _WORTH_THREADS = 1 << 22
 """Entries of all inverses together from which threads of their own pay."""
+_NARROW = 640
+"""Columns up to which torch's own part of a layer is over sooner than its threads are at rest."""
 _LAZY = 32
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
@@ -40,6 +42,7 @@ class SolverSettings:
         native: whether the compiled row solvers work on the CPU; None: where they were built.
         triton: whether Triton kernels take the steps between two updates of the inverses; None: on
             CUDA devices, where Triton works.
+        threads: CPU threads that rows are spread over; None: as many as torch uses.
     """
 
     dtype: torch.dtype = torch.float32
@@ -47,6 +50,7 @@ class SolverSettings:
     lazy: int | None = None
     native: bool | None = None
     triton: bool | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.lazy is not None and (self.lazy < BLOCK_SIZE or self.lazy % BLOCK_SIZE):
@@ -54,10 +58,18 @@ class SolverSettings:
                 f"lazy={self.lazy} update vectors do not hold whole blocks; use a multiple of "
                 f"{BLOCK_SIZE}, such as 32"
             )
+        if self.threads is not None and self.threads < 1:
+            raise ProblemError(f"threads={self.threads} solve nothing; give 1 or more, or None")
 
     def update_length(self, *, wide: bool = False) -> int:
         """`lazy`, or what was found fastest: twice as many for inverses beyond the cache."""
         return self.lazy or (2 * _LAZY if wide else _LAZY)
+
+    def workers(self, rows: int, cols: int) -> int:
+        """CPU threads that a layer's rows are worth."""
+        if rows * cols * cols < _WORTH_THREADS:
+            return 1
+        return self.threads or torch.get_num_threads()
 
     def on(self, device: torch.device) -> SolverSettings:
         """These settings with the memory that a device has for the inverses now."""
@@ -92,7 +104,7 @@ class SolverSettings:
         if device.type != "cpu":
             with ieee_products(device):
                 return _fitting(self.on(device).row_batches(rows, cols), work, progress)
-        threads = worker_threads(rows, cols)
+        threads, before = self.workers(rows, cols), torch.get_num_threads()
         batches = self.row_batches(rows, cols, threads)
         shared = _SharedProgress(progress, [batch.stop - batch.start for batch in batches])
         if threads == 1 or len(batches) == 1:
@@ -109,7 +121,7 @@ class SolverSettings:
             # After an interrupt the workers stop at their next report.
             shared.stop()
             pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
 
 
 def until_it_fits(
@@ -206,9 +218,19 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def worker_threads(rows: int, cols: int) -> int:
-    """CPU threads that a layer's rows are worth."""
-    return torch.get_num_threads() if rows * cols * cols >= _WORTH_THREADS else 1
+@contextmanager
+def torch_beside_rows(settings: SolverSettings, cols: int) -> Iterator[SolverSettings]:
+    """Let torch work alone on a layer of few columns whose rows are compiled; their settings.
+
+    For milliseconds after each operation torch's threads ask for the next one without rest, on the
+    cores that the rows are given by then: more than those operations gain by their threads.
+    """
+    threads = settings.threads or torch.get_num_threads()
+    if cols > _NARROW or threads == 1:
+        yield settings
+        return
+    with torch_threads(1):
+        yield replace(settings, threads=threads)
 
 
 class _StoppedError(Exception):

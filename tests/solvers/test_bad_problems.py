@@ -126,3 +126,9 @@ def test_which_methods_need_a_hessian():
 def test_update_vectors_come_in_whole_blocks(lazy):
     with pytest.raises(ProblemError, match=f"lazy={lazy} "):
         SolverSettings(lazy=lazy)
+
+
+@pytest.mark.parametrize("threads", [0, -2])
+def test_rows_need_a_thread(threads):
+    with pytest.raises(ProblemError, match=f"threads={threads} "):
+        SolverSettings(threads=threads)

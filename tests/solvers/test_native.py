@@ -441,6 +441,28 @@ def test_threads_change_no_bit():
             assert one.codes is None or torch.equal(one.codes, other.codes)
 
 
+@pytest.mark.parametrize(("cols", "torch_uses"), [(32, 1), (648, 2)])
+def test_torch_works_alone_on_layers_of_few_columns(monkeypatch, cols, torch_uses):
+    """The rows have all threads nevertheless, and torch has them back in the end."""
+    seen, layers = [], []
+    made = native.Layer
+
+    def recorded(*values):
+        layers.append(made(*values))
+        return layers[-1]
+
+    monkeypatch.setattr(native, "Layer", recorded)
+    problem = layer(*case(1 + (1 << 22) // cols**2, cols))
+    with torch_threads(2):
+        solve_levels(problem, ["2:4"], progress=lambda _: seen.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError):
+            solve_levels(problem, ["2:4"], progress=lambda share: {}[share])
+        assert torch.get_num_threads() == 2
+    assert set(seen) == {torch_uses}
+    assert {each.threads for each in layers} == {2}
+
+
 @pytest.fixture
 def controls(monkeypatch):
     """Every control that is made, in order."""
