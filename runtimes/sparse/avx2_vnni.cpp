@@ -8,11 +8,7 @@
 
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,avxvnni")
-#endif
+#include "avx_vnni_target.hpp"
 
 #define OBC_DOT_AVX2_VNNI
 

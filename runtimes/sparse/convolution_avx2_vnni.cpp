@@ -4,16 +4,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,avxvnni")
-#endif
+#include "avx_vnni_target.hpp"
 
 #define OBC_INLINE inline __attribute__((always_inline))
 #define OBC_TILE_SHAPES(WHOLE, HALVED)                                                               \
     WHOLE(1, 1) WHOLE(1, 2) WHOLE(1, 4) WHOLE(1, 7) WHOLE(1, 12) WHOLE(2, 2) WHOLE(2, 4)
-#define OBC_DPBUSD _mm256_dpbusd_avx_epi32
 
 namespace obc {
 namespace sparse {

@@ -210,8 +210,12 @@ SumsAre known_of_sums(const BlockWeights& weights, const Requantization& how, in
 #if defined(__x86_64__)
 // Not every compiler's __builtin_cpu_supports knows its name: leaf 7, subleaf 1, bit 4 of eax.
 static bool avx_vnni() {
+#if defined(OBC_AVX_VNNI_AS_AVX512)
+    return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
+#endif
 }
 #endif
 

@@ -43,7 +43,7 @@ struct Dot {
     static OBC_INLINE Vector zero() { return _mm256_setzero_si256(); }
     static OBC_INLINE Vector add(Vector sums, Vector codes, Vector weights) {
 #if defined(OBC_DOT_AVX2_VNNI)
-        return _mm256_dpbusd_avx_epi32(sums, codes, weights);
+        return OBC_DPBUSD(sums, codes, weights);
 #else
         // vpmaddubsw would saturate its 16-bit sums; even and odd bytes as 16-bit numbers do not.
         const Vector even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),

@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 COMPILER = "g++"
+EVERY_KERNEL = ("-DOBC_AVX_VNNI_AS_AVX512",)
+"""Lets the kernels for AVX-VNNI run where there is AVX512-VNNI."""
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O0")
 
 
@@ -32,7 +34,7 @@ def build(folder: Path, jobs: int = 2) -> Path:
         for each in project["tool"]["setuptools"]["ext-modules"]
         if each["name"] == "obc_deploy.runtimes.sparse._kernels"
     )
-    flags = [*extension["extra-compile-args"], *SANITIZERS, "-fPIC"]
+    flags = [*extension["extra-compile-args"], *EVERY_KERNEL, *SANITIZERS, "-fPIC"]
 
     def compiled(source: str) -> Path:
         to = folder / f"{Path(source).stem}.o"

@@ -64,6 +64,17 @@ def test_nothing_reads_or_writes_beyond_its_memory(environment):
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 200
 
 
+def test_kernels_for_avx_vnni_run_wherever_any_vnni_is(environment):
+    code = "from sparse_models import instruction_sets; print(*instruction_sets())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=FOLDER, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    tested = done.stdout.split()
+    assert "portable" in tested
+    assert ("avx2_vnni" in tested) == (tested[-1] in {"avx2_vnni", "avx512_vnni"})
+
+
 def test_the_sanitizer_is_at_work(environment):
     # Freed memory, read through the very library that the tests above load.
     code = (
