@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DISABLE_VARIABLE = "OBC_DEPLOY_NATIVE"
 """Set to 0 to do without the compiled solvers."""
+LIBRARY_VARIABLE = "OBC_DEPLOY_NATIVE_LIBRARY"
+"""Path of another build of the library to use, say one with sanitizers."""
 
 _POLL_SECONDS = 0.1
 _INT64 = ctypes.c_int64
@@ -108,7 +110,8 @@ def _find() -> _Found:
         return _Found(None, f"{DISABLE_VARIABLE}=0 switches them off")
     folder = Path(__file__).parent
     files = [folder / f"_rows{suffix}" for suffix in EXTENSION_SUFFIXES]
-    file = next((each for each in files if each.is_file()), None)
+    other = os.environ.get(LIBRARY_VARIABLE)
+    file = Path(other) if other else next((each for each in files if each.is_file()), None)
     if file is None:
         return _Found(
             None, "not built: install a C++17 compiler (g++ or clang++), then the package again"
@@ -119,7 +122,8 @@ def _find() -> _Found:
             function = getattr(library, name)
             function.restype, function.argtypes = result, list(arguments)
     except (OSError, AttributeError) as error:
-        return _Found(None, f"'{file.name}' does not load ({error}): install the package again")
+        fix = f"unset {LIBRARY_VARIABLE}" if other else "install the package again"
+        return _Found(None, f"'{file.name}' does not load ({error}): {fix}")
     return _Found(library, "")
 
 

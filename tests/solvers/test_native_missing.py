@@ -67,6 +67,17 @@ def test_the_variable_switches_them_off_without_a_warning(problem, tmp_path):
     assert caught == "0 0"
 
 
+def test_another_build_that_does_not_load_is_said(problem, tmp_path):
+    broken = tmp_path / "rows.so"
+    broken.write_text("no library")
+    _, available, caught = check_in_a_process(
+        problem, tmp_path, OBC_DEPLOY_NATIVE_LIBRARY=str(broken)
+    )
+    assert available.startswith("False 'rows.so' does not load (")
+    assert available.endswith(": unset OBC_DEPLOY_NATIVE_LIBRARY")
+    assert caught == "1 1"
+
+
 @pytest.mark.parametrize("library", ["missing", "of something else"])
 def test_a_package_without_the_library_warns_once(library, problem, tmp_path):
     """A copy of the package, as an installation without a C++ compiler leaves it."""
