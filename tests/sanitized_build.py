@@ -2,6 +2,10 @@ r"""Build a native library with AddressSanitizer and UndefinedBehaviorSanitizer,
 
 Usage: python sanitized_build.py EXTENSION FOLDER
 EXTENSION is a name in pyproject.toml, such as obc_deploy.native._rows. Prints the library's path.
+Run Python with it so:
+
+    LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+        OBC_DEPLOY_NATIVE_LIBRARY=FOLDER/sanitized.so python ...
 """
 
 from __future__ import annotations

@@ -7,15 +7,14 @@ the torch solver, several times slower; `why_missing` says what is wrong.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from obc_deploy.compiled_library import CompiledLibrary, Signatures, find_library
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ LIBRARY_VARIABLE = "OBC_DEPLOY_NATIVE_LIBRARY"
 _POLL_SECONDS = 0.1
 _INT64 = ctypes.c_int64
 _POINTER = ctypes.c_void_p
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+_SIGNATURES: Signatures = {
     "obc_instruction_set": (ctypes.c_char_p, ()),
     "obc_use_instruction_set": (_INT64, (ctypes.c_char_p,)),
     "obc_prune_columns": (_INT64, (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER)),
@@ -98,33 +97,12 @@ class InterruptedSolveError(Exception):
     """The native code stopped because it was told to."""
 
 
-@dataclass(frozen=True)
-class _Found:
-    library: ctypes.CDLL | None
-    why_missing: str
-
-
 @cache
-def _find() -> _Found:
-    if os.environ.get(DISABLE_VARIABLE) == "0":
-        return _Found(None, f"{DISABLE_VARIABLE}=0 switches them off")
-    folder = Path(__file__).parent
-    files = [folder / f"_rows{suffix}" for suffix in EXTENSION_SUFFIXES]
-    other = os.environ.get(LIBRARY_VARIABLE)
-    file = Path(other) if other else next((each for each in files if each.is_file()), None)
-    if file is None:
-        return _Found(
-            None, "not built: install a C++17 compiler (g++ or clang++), then the package again"
-        )
-    try:
-        library = ctypes.CDLL(str(file))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, list(arguments)
-    except (OSError, AttributeError) as error:
-        fix = f"unset {LIBRARY_VARIABLE}" if other else "install the package again"
-        return _Found(None, f"'{file.name}' does not load ({error}): {fix}")
-    return _Found(library, "")
+def _find() -> CompiledLibrary:
+    return find_library(
+        Path(__file__).parent, "_rows", _SIGNATURES,
+        disable=DISABLE_VARIABLE, other=LIBRARY_VARIABLE,
+    )  # fmt: skip
 
 
 def is_available() -> bool:

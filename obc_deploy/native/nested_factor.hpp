@@ -79,7 +79,8 @@ class NestedFactor {
         }
     }
 
-    // `dot` in whole aligned vectors, which short sums need: f_j x_j from `begin` on; x is zero beyond `count` to a whole vector.
+    // `dot` in whole aligned vectors, which short sums need: f_j x_j from `begin` on; x is zero
+    // beyond `count` to a whole vector.
     double product(const double* f, int64_t begin, int64_t count) const {
         const double* x = x_;
         const int64_t end = whole_vectors<double>(count);

@@ -13,10 +13,15 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+
+from obc_deploy.compiled_library import (
+    CompiledLibrary,
+    Signatures,
+    find_library,
+    missing,
+)
 
 DOMAIN = "obc_deploy.sparse"
 DOMAIN_VERSION = 1
@@ -30,46 +35,26 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx2_vnni", "avx512_vnni")
 """From the slowest to the fastest; all give the same integer results."""
 
 
-@dataclass(frozen=True)
-class _Found:
-    path: Path | None
-    library: ctypes.CDLL | None
-    why_missing: str
-
-
-def _missing(reason: str) -> _Found:
-    return _Found(None, None, reason)
+_SIGNATURES: Signatures = {
+    "obc_sparse_instruction_set": (ctypes.c_char_p, ()),
+    "obc_sparse_use_instruction_set": (ctypes.c_int64, (ctypes.c_char_p,)),
+    "obc_sparse_products_alone": (ctypes.c_int64, (ctypes.c_int64,)),
+}
 
 
 @cache
-def _find() -> _Found:
-    if os.environ.get(DISABLE_VARIABLE) == "0":
-        return _missing(f"{DISABLE_VARIABLE}=0 switches them off")
-    folder = Path(__file__).parent
-    files = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
-    other = os.environ.get(LIBRARY_VARIABLE)
-    file = Path(other) if other else next((each for each in files if each.is_file()), None)
-    if file is None:
-        return _missing(
-            "not built: install a C++17 compiler (g++ or clang++), then the package again"
-        )
-    try:
-        library = ctypes.CDLL(str(file))
-        library.obc_sparse_instruction_set.restype = ctypes.c_char_p
-        library.obc_sparse_use_instruction_set.restype = ctypes.c_int64
-        library.obc_sparse_use_instruction_set.argtypes = [ctypes.c_char_p]
-        library.obc_sparse_products_alone.restype = ctypes.c_int64
-        library.obc_sparse_products_alone.argtypes = [ctypes.c_int64]
-    except (OSError, AttributeError) as error:
-        fix = f"unset {LIBRARY_VARIABLE}" if other else "install the package again"
-        return _missing(f"'{file.name}' does not load ({error}): {fix}")
+def _find() -> CompiledLibrary:
+    found = find_library(
+        Path(__file__).parent, "_kernels", _SIGNATURES,
+        disable=DISABLE_VARIABLE, other=LIBRARY_VARIABLE,
+    )  # fmt: skip
     wanted = os.environ.get(INSTRUCTIONS_VARIABLE, "")
-    if wanted and library.obc_sparse_instruction_set().decode() != wanted:
-        return _missing(
+    if wanted and found.library and found.library.obc_sparse_instruction_set().decode() != wanted:
+        return missing(
             f"{INSTRUCTIONS_VARIABLE}={wanted} does not work on this processor: unset it, or set "
             f"it to one of {', '.join(INSTRUCTION_SETS)} that does"
         )
-    return _Found(file, library, "")
+    return found
 
 
 def _library() -> ctypes.CDLL:

@@ -22,6 +22,7 @@ from obc_deploy.benchmarks.measurement import Measurement, WorkerSamples, measur
 from obc_deploy.cli import app
 from obc_deploy.commands import look, options
 from obc_deploy.commands.bench import check_worth
+from obc_deploy.compiled_library import missing
 from obc_deploy.errors import MeasurementError, SlowerThanDenseError
 from obc_deploy.schemes import Scheme
 from obc_deploy.solvers.dispatch import METHODS
@@ -97,7 +98,7 @@ def test_doctor_tries_onnxruntime(run: Run) -> None:
 def test_doctor_says_why_the_compiled_solvers_are_missing(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_find", lambda: native._Found(None, "not built: install g++"))
+    monkeypatch.setattr(native, "_find", lambda: missing("not built: install g++"))
     answer = run("doctor", "--json", "-")
     assert answer.code == 0
     assert answer.json["solvers"] == {

@@ -18,6 +18,7 @@ from onnx_models import OnnxBuilder, needs_deepsparse
 from rich.console import Console
 
 from obc_deploy import native
+from obc_deploy.compiled_library import missing
 from obc_deploy.runtimes import onnxruntime_cpu, sparse
 from obc_deploy.runtimes.doctor import (
     SolverInfo,
@@ -73,7 +74,7 @@ def test_the_compiled_solvers_are_tried(name: str) -> None:
 
 
 def test_compiled_solvers_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_find", lambda: native._Found(None, "not built: install [g++]"))
+    monkeypatch.setattr(native, "_find", lambda: missing("not built: install [g++]"))
     assert try_solvers() == SolverInfo(False, None, "not built: install [g++]")
     diagnosis = replace(diagnose(), solvers=try_solvers())
     page = io.StringIO()
@@ -107,8 +108,8 @@ def test_the_sparse_kernels_are_tried(name: str) -> None:
 
 
 def test_sparse_kernels_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = sparse._Found(None, None, "not built: install [g++]")
-    monkeypatch.setattr(sparse, "_find", lambda: missing)
+    gone = missing("not built: install [g++]")
+    monkeypatch.setattr(sparse, "_find", lambda: gone)
     assert try_sparse_kernels() == SparseKernelsInfo(False, None, "not built: install [g++]")
 
 

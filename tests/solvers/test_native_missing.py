@@ -16,6 +16,7 @@ from test_exact import make_problem
 
 import obc_deploy
 from obc_deploy import native
+from obc_deploy.compiled_library import missing
 from obc_deploy.solvers import native_rows, solve
 
 SCHEMES = ("unstructured@0.6", "block4@0.5", "2:4+w4-asym")
@@ -104,7 +105,7 @@ def test_a_package_without_the_library_warns_once(library, problem, tmp_path):
 
 
 def test_the_warning_says_what_is_wrong(problem, monkeypatch):
-    monkeypatch.setattr(native, "_find", lambda: native._Found(None, "its file is gone: reinstall"))
+    monkeypatch.setattr(native, "_find", lambda: missing("its file is gone: reinstall"))
     native_rows._warn.cache_clear()
     assert not native.is_available()
     try:

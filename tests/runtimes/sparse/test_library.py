@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from sparse_models import FLOAT, UINT8, Graph, block_sparse, blocks_of, instruction_sets
 
+from obc_deploy.compiled_library import missing
 from obc_deploy.runtimes import sparse
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +49,7 @@ def test_a_library_that_does_not_load_says_so(tmp_path):
 
 
 def test_without_the_library_its_path_is_an_error(monkeypatch):
-    monkeypatch.setattr(sparse, "_find", lambda: sparse._Found(None, None, "not built"))
+    monkeypatch.setattr(sparse, "_find", lambda: missing("not built"))
     assert not sparse.is_available()
     for call in (sparse.library_path, sparse.instruction_set):
         with pytest.raises(OSError, match="the sparse kernels are missing: not built"):
