@@ -24,6 +24,7 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from obc_deploy.cli import app
+from obc_deploy.compiled_library import missing
 from obc_deploy.compression import compress
 from obc_deploy.errors import ExportError, RuntimeFailedError, RuntimeMissingError
 from obc_deploy.exporters import (
@@ -403,8 +404,8 @@ def test_sessions_load_the_library_and_the_audit_counts_the_zeros(exported):
 
 def test_without_the_library(exported, tmp_path, everywhere, monkeypatch):
     model, artifact = exported(Residual)
-    missing = sparse._missing("not built: install a C++17 compiler")
-    monkeypatch.setattr(sparse, "_find", lambda: missing)
+    found = missing("not built: install a C++17 compiler")
+    monkeypatch.setattr(sparse, "_find", lambda: found)
     with pytest.raises(RuntimeFailedError, match=r"sparse kernels.*install a C\+\+17 compiler"):
         open_session("onnxruntime", artifact.path, threads=1)
     with pytest.raises(RuntimeMissingError, match=r"sparse kernels.*install a C\+\+17 compiler"):
