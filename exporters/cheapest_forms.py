@@ -44,6 +44,8 @@ class Passing:
 
 def cheapest_forms(choices: Sequence[Choice], passed: Sequence[Passing]) -> list[bool]:
     """For each operator whether it is blocked, so that the sum of all costs is least."""
+    if not choices:
+        return []
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 

@@ -1,7 +1,8 @@
-"""An ONNX file from anywhere, with block-sparse integer or sparse float layers, gets our operators.
+"""An ONNX file from anywhere, with integer or sparse float layers, gets our operators.
 
-Takes integer operators (QLinearConv, QGemm, ...) and QuantizeLinear/DequantizeLinear pairs around
-float ones, which become integer operators first.
+Each layer does where measured costs say that it is faster so. Takes integer operators (QLinearConv,
+QGemm, ...) and QuantizeLinear/DequantizeLinear pairs around float ones, which become integer
+operators first.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class RewrittenFile:
         path: the new file.
         size_bytes: its size.
         dense_size_bytes: that of the same integer graph with every weight stored.
-        layers: sparse layers: the value each computes, and the fraction of its blocks that are
-            not stored.
-        integer_layers: convolutions and fully connected layers in integers, sparse or not.
+        layers: those on our operators: the value each computes, and the fraction of its blocks
+            that are not stored, 0.0 for some.
+        integer_layers: convolutions and fully connected layers in integers, and float ones with
+            zeros, all of them.
         relative_error: ‖new - old‖ / ‖old‖ of the outputs on random inputs; None unchecked.
         sample: one such input, of batch size 1 where that is open: input name to array.
     """
@@ -189,7 +191,7 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
 
     Raises:
         ArtifactError: the source cannot be read.
-        ExportError: it has no layers that become sparse, or the outputs differ.
+        ExportError: none of its layers gets faster, or the outputs differ.
         RuntimeMissingError: the sparse kernels are not built.
     """
     import onnx
@@ -233,9 +235,9 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     sparse = to_sparse_operators(model, target.processor)
     if not sparse.layers:
         raise ExportError(
-            f"no layer of '{source.name}' gets faster by its zeros: at most {sparse.zeros:.0%} of "
-            "a layer's blocks of four input channels are zero; prune it in blocks (block4@0.5 or "
-            "more), with uint8 activations and symmetric int8 weights"
+            f"no layer of '{source.name}' gets faster on our operators: at most {sparse.zeros:.0%} "
+            "of a layer's blocks of four input channels are zero; prune it in blocks (block4@0.5 "
+            "or more), with uint8 activations and symmetric int8 weights"
         )
     _forget_sizes(model)
     model.ir_version = min(model.ir_version, target.ir_version)

@@ -1,7 +1,8 @@
 """A graph becomes one with our sparse operators, which ONNX Runtime runs from our library.
 
-Integer layers skip blocks of zeros, float ones zeros anywhere. A network in which no layer has
-enough of them stays as it is: it is ONNX Runtime's to run.
+Integer layers skip blocks of zeros, float ones zeros anywhere. Measured costs decide for each
+operator, so integer layers without zeros move too where that is faster: small ones gain by what one
+operator does at once, and by the conversions that their neighbours save.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from obc_deploy.exporters.blocked_layout import to_blocked_layout
 from obc_deploy.exporters.edit import constant, drop_dead, integer
 from obc_deploy.exporters.integer_shortcuts import drop_requantizations, pads_onto_codes
 from obc_deploy.exporters.operator_costs import costs_of
-from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS, stored_blocks
+from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.exporters.sparse_float import float_zeros, to_sparse_floats
 from obc_deploy.exporters.sparse_linear import to_sparse_linears
 from obc_deploy.targets import Processor
@@ -26,8 +27,8 @@ class SparseGraph:
     """What became of a graph.
 
     Attributes:
-        layers: sparse layers, integer ones first: the value each computes, and the fraction of its
-            blocks (float layers: weights) that are not stored.
+        layers: those on our operators, integer ones first: the value each computes, and the
+            fraction of its blocks (float layers: weights) that are not stored, 0.0 for some.
         conversions: operators that only convert between plain and blocked tensors.
         zeros: the largest fraction of zero blocks (float layers: weights) of a layer of the graph.
         views: nodes beside the graph that give the codes of blocked values, under the names of
@@ -72,9 +73,6 @@ def _to_sparse_operators(model: ir.Model) -> SparseGraph:
     zeros = max(zero_blocks(model).values(), default=0.0)
     most = max(zeros, *float_zeros(model).values(), 0.0)
     floats = to_sparse_floats(model)
-    if zeros < LEAST_ZEROS:
-        drop_dead(model)
-        return SparseGraph(layers=tuple(floats), zeros=most)
     drop_requantizations(model)
     pads_onto_codes(model)
     layout = to_blocked_layout(model)

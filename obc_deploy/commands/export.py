@@ -44,7 +44,7 @@ def export(
         Path,
         typer.Argument(
             metavar="RUN|FILE",
-            help="A run directory; or an .onnx file with block-sparse integer layers, for "
+            help="A run directory; or an .onnx file with integer or sparse layers, for "
             "--target ort-sparse.",
             show_default=False,
         ),
@@ -92,7 +92,7 @@ def export(
         typer.Option(
             "--processor",
             help="Processor that it ships to, or the most like it: it decides which layers run on "
-            "sparse kernels (--target ort-sparse).",
+            "our kernels (--target ort-sparse).",
             show_default="this machine's kind",
         ),
     ] = None,
@@ -279,7 +279,7 @@ def _rewrite(
     timed: bool,
     threads: int | None,
 ) -> None:
-    """An ONNX file from elsewhere, with sparse operators."""
+    """An ONNX file from elsewhere, on our operators."""
     from obc_deploy.benchmarks.table import size
     from obc_deploy.exporters.operator_costs import processor_of
     from obc_deploy.exporters.rewritten_file import rewrite_onnx
@@ -288,9 +288,10 @@ def _rewrite(
     with out.working() as say:
         say(f"rewriting for {goal.name}", 0.0)
         made = rewrite_onnx(source, file, goal, check=check)
+    skipping = sum(zeros > 0.0 for _, zeros in made.layers)
     out.line(
         f"{made.path}: {size(made.size_bytes)}, {len(made.layers)} of {made.integer_layers} "
-        "integer layers on sparse kernels"
+        f"layers on our kernels, {skipping} of them without their zeros"
     )
     out.line(_smaller(made.size_bytes, made.dense_size_bytes))
     if made.relative_error is None:

@@ -47,6 +47,19 @@ def compressed(request):
     return obc.compress(network, images, scheme="2:4+w8a8", target=request.param, baselines=False)
 
 
+def from_blocks(stored, layer, shape):
+    """The codes that an operator of ours stores in blocks of four input channels."""
+    values, index, row_start = (
+        stored[f"{layer}.weight_codes_{part}"] for part in ("blocks", "block_index", "row_start")
+    )
+    outputs, channels, *kernel = shape
+    blocks = np.zeros((outputs, int(np.prod(kernel)) * -(-channels // 4), 4), np.int8)
+    rows = np.repeat(np.arange(outputs), np.diff(row_start))
+    blocks[rows, index] = values
+    codes = blocks.reshape(outputs, *kernel, -1)[..., :channels]
+    return np.moveaxis(codes, -1, 1)
+
+
 def initializers(path):
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
@@ -57,6 +70,9 @@ def test_weights_in_the_file_are_the_solvers_codes(compressed, tmp_path, target)
     stored = initializers(artifact.path)
     for layer in compressed.layers:
         wanted = matrix_to_weight(layer, compressed.forms[layer.name].codes).numpy()
+        if f"{layer.name}.weight_codes_blocks" in stored:
+            np.testing.assert_array_equal(from_blocks(stored, layer.name, wanted.shape), wanted)
+            continue
         names = [name for name in stored if name.startswith(f"{layer.name}.weight_codes")]
         assert len(names) == 1, names
         found = stored[names[0]]
@@ -80,7 +96,7 @@ def test_file_has_the_targets_operator_set_and_form(compressed, tmp_path, target
         assert not {"QLinearConv", "ConvInteger"} & operators
     else:
         assert "Conv" not in operators
-        assert {"QLinearConv", "ConvInteger"} & operators
+        assert {"QLinearConv", "ConvInteger", "SparseConvolution"} & operators
         assert "Relu" not in operators or "ConvInteger" in operators
 
 
