@@ -240,6 +240,7 @@ def _exported(
 def _artifact(model: CompressedModel, file: Path, target: Target, batch_size: int) -> Artifact:
     """The artifact that is there already if it is of this very model for this machine, or new."""
     from obc_deploy.exporters.operator_costs import processor_of
+    from obc_deploy.exporters.sparse_onnxruntime import sparse_version_of
 
     if file.is_file():
         try:
@@ -250,6 +251,7 @@ def _artifact(model: CompressedModel, file: Path, target: Target, batch_size: in
             known is not None
             and known.manifest.compression == model.manifest
             and known.manifest.processor == processor_of(target)
+            and known.manifest.sparse_version == sparse_version_of(target)
         ):
             return known
     return model.export(file, target=target, batch_size=batch_size)

@@ -209,8 +209,7 @@ class Layer:
         outputs = []
         for bias in self._biases(copies):
             parts = [network.constant(stored.values, np.int8)]
-            parts.append(network.constant(stored.block_index, np.int32))
-            parts.append(network.constant(stored.row_start, np.int32))
+            parts.append(network.constant(stored.mask, np.uint8))
             parts.append(network.constant([self.scale], np.float32))
             parts.append(network.constant(bias, np.int32))
             outputs.append(

@@ -205,9 +205,8 @@ def convolution(
     ours = Network()
     stored = stored_blocks(codes)
     x = ours.own("QuantizeToBlocks", ["x"], border=pad, **OUTPUT)
-    parts = [ours.constant(stored.values, np.int8), ours.constant(stored.block_index, np.int32)]
-    parts += [ours.constant(stored.row_start, np.int32), ours.constant(scale, np.float32)]
-    parts.append(ours.constant(bias, np.int32))
+    parts = [ours.constant(stored.values, np.int8), ours.constant(stored.mask, np.uint8)]
+    parts += [ours.constant(scale, np.float32), ours.constant(bias, np.int32)]
     side = (size + 2 * pad - kernel) // stride + 1
     more: dict[str, Any] = {}
     if residual:
@@ -347,8 +346,8 @@ def linear(rng: np.random.Generator, features: int, outputs: int, zeros: float) 
     stored = stored_blocks(codes)
     grid = ours.grid()
     x = ours.add("QuantizeLinear", ["x", *grid])
-    parts = [ours.constant(stored.values, np.int8), ours.constant(stored.block_index, np.int32)]
-    parts += [ours.constant(stored.row_start, np.int32), ours.constant(scale, np.float32)]
+    parts = [ours.constant(stored.values, np.int8), ours.constant(stored.mask, np.uint8)]
+    parts.append(ours.constant(scale, np.float32))
     ours_out = ours.own("SparseLinearDequantize", [x, *parts], features=features, **GRID)
     work = Work.of_linear(1, features, outputs, len(stored.values))
     return Case(
@@ -390,8 +389,8 @@ def float_convolution(
         **windows,
     )
     stored = stored_entries(weight)
-    parts = [ours.constant(stored.values, np.float32), ours.constant(stored.index, np.int32)]
-    parts += [ours.constant(stored.row_start, np.int32), ours.constant(bias, np.float32)]
+    parts = [ours.constant(stored.values, np.float32), ours.constant(stored.mask, np.uint8)]
+    parts.append(ours.constant(bias, np.float32))
     out = ours.own("SparseConvolutionFloat", ["x", *parts], channels=channels, lower=0.0, **windows)
     side = (size + 2 * pad - kernel) // stride + 1
     work = Work.of_float_convolution(
@@ -415,8 +414,7 @@ def float_linear(
     plain, ours = Network(), Network()
     y = plain.add("Gemm", ["x", plain.constant(weight, np.float32)], transB=1)
     stored = stored_entries(weight)
-    parts = [ours.constant(stored.values, np.float32), ours.constant(stored.index, np.int32)]
-    parts.append(ours.constant(stored.row_start, np.int32))
+    parts = [ours.constant(stored.values, np.float32), ours.constant(stored.mask, np.uint8)]
     out = ours.own("SparseLinearFloat", ["x", *parts], features=features)
     work = Work.of_linear(rows, features, outputs, len(stored.values))
     kind = "rows" if rows >= FEW_ROWS else "row"

@@ -287,8 +287,7 @@ def _convolution(node: ir.Node) -> BlockedForm | None:
             output.zero_point, {**shared, **windows}, nanoseconds("QLinearConv", work),
             nanoseconds("SparseConvolution", work), max(pads),
             {
-                "blocks": stored.values, "block_index": stored.block_index,
-                "row_start": stored.row_start, "scale": scale, "bias": bias,
+                "blocks": stored.values, "mask": stored.mask, "scale": scale, "bias": bias,
             },
             stored,
         )  # fmt: skip
@@ -555,8 +554,8 @@ def _shortcut(node: ir.Node) -> BlockedForm | None:
         len(covered) * nanoseconds("Transpose", result.work()),
         nanoseconds("SparseConvolution", work), 0,
         {
-            "blocks": stored.values, "block_index": stored.block_index,
-            "row_start": stored.row_start, "scale": np.ones(1, np.float32), "bias": None,
+            "blocks": stored.values, "mask": stored.mask, "scale": np.ones(1, np.float32),
+            "bias": None,
         },
     )  # fmt: skip
 

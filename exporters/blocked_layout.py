@@ -25,6 +25,8 @@ from obc_deploy.runtimes.sparse import DOMAIN, DOMAIN_VERSION
 
 BLOCKED_SUFFIX = "_blocked"
 """A blocked value is named after the plain one."""
+_RESIDUAL = 5
+"""Place of a sparse convolution's input of that name."""
 _CHANNELS_LAST = frozenset(
     {"QLinearConv", "MaxPool", "QLinearAveragePool", "QLinearGlobalAveragePool"}
 )
@@ -236,7 +238,7 @@ class _Writer:
         if fused is not None:
             place = 1 - fused[1]
             residual = form.data[place]
-            inputs += [None] * (6 - len(inputs))
+            inputs += [None] * (_RESIDUAL - len(inputs))
             inputs.append(self._read(form, place, anchor))
             for name in ("scale", "zero_point"):
                 attributes[f"convolution_{name}"] = attributes[f"output_{name}"]

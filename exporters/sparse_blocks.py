@@ -24,15 +24,14 @@ class StoredBlocks:
 
     Attributes:
         values: (blocks, 4) int8.
-        block_index: (blocks,) int32: kernel position · ceil(channels / 4) + input channels / 4,
-            ascending within an output channel.
-        row_start: (outputs + 1,) int32: where the blocks of each output channel begin.
+        mask: (outputs, ceil(places of one / 8)) uint8: which places are stored, in order; place
+            kernel position · ceil(channels / 4) + input channels / 4 is bit place % 8, from the
+            lowest on, of byte place / 8.
         places: blocks that there would be without zeros.
     """
 
     values: npt.NDArray[Any]
-    block_index: npt.NDArray[Any]
-    row_start: npt.NDArray[Any]
+    mask: npt.NDArray[Any]
     places: int
 
     @property
@@ -52,7 +51,6 @@ def stored_blocks(codes: npt.NDArray[Any]) -> StoredBlocks:
     kept = rows.any(axis=2)
     return StoredBlocks(
         values=np.ascontiguousarray(rows[kept], dtype=np.int8),
-        block_index=np.nonzero(kept)[1].astype(np.int32),
-        row_start=np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32),
+        mask=np.packbits(kept, axis=1, bitorder="little"),
         places=kept.size,
     )

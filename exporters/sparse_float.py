@@ -37,15 +37,14 @@ class StoredEntries:
 
     Attributes:
         values: (entries,) float32.
-        index: (entries,) int32: kernel position · channels + input channel, ascending within an
-            output channel.
-        row_start: (outputs + 1,) int32: where the entries of each output channel begin.
+        mask: (outputs, ceil(places of one / 8)) uint8: which places are stored, in order; place
+            kernel position · channels + input channel is bit place % 8, from the lowest on, of byte
+            place / 8.
         places: weights that there would be without zeros.
     """
 
     values: Array
-    index: Array
-    row_start: Array
+    mask: Array
     places: int
 
     @property
@@ -62,8 +61,7 @@ def stored_entries(weight: Array) -> StoredEntries:
     kept = rows != 0
     return StoredEntries(
         values=np.ascontiguousarray(rows[kept], dtype=np.float32),
-        index=np.nonzero(kept)[1].astype(np.int32),
-        row_start=np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32),
+        mask=np.packbits(kept, axis=1, bitorder="little"),
         places=kept.size,
     )
 
@@ -132,8 +130,7 @@ def to_sparse_floats(model: ir.Model) -> list[tuple[str, float]]:
         name = held.name if held is not None and held.name else node.name
         parts = [
             add_initializer(model, f"{name}_values", stored.values),
-            add_initializer(model, f"{name}_index", stored.index),
-            add_initializer(model, f"{name}_row_start", stored.row_start),
+            add_initializer(model, f"{name}_mask", stored.mask),
         ]
         more: list[ir.Value | None] = []
         if bias is not None:

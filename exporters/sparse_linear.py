@@ -90,8 +90,7 @@ def to_sparse_linears(model: ir.Model) -> list[tuple[str, float]]:
         steps = scale.reshape(-1).astype(np.float32)
         parts: list[tuple[str, Array | None]] = [
             ("blocks", stored.values),
-            ("block_index", stored.block_index),
-            ("row_start", stored.row_start),
+            ("mask", stored.mask),
             ("scale", steps),
         ]
         attributes: dict[str, Any] = {

@@ -19,7 +19,8 @@ from obc_deploy.exporters.operator_costs import costs_of
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.exporters.sparse_float import float_zeros, to_sparse_floats
 from obc_deploy.exporters.sparse_linear import to_sparse_linears
-from obc_deploy.targets import Processor
+from obc_deploy.runtimes.sparse import DOMAIN_VERSION
+from obc_deploy.targets import Processor, Target
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class SparseGraph:
     conversions: int = 0
     zeros: float = 0.0
     views: tuple[onnx.NodeProto, ...] = ()
+
+
+def sparse_version_of(target: Target) -> int | None:
+    """Version of our operators in files for a target; None where it has none of them."""
+    return DOMAIN_VERSION if target.sparse_operators else None
 
 
 def zero_blocks(model: ir.Model) -> dict[str, float]:

@@ -195,8 +195,7 @@ def _sparse_probe() -> bytes:
 
     weights: dict[str, Any] = {
         "values": np.full((1, 4), 2, np.int8),
-        "block_index": np.array([1], np.int32),
-        "row_start": np.array([0, 0, 1], np.int32),
+        "mask": np.array([[0b0000], [0b0010]], np.uint8),
         "weight_scale": np.ones(1, np.float32),
     }
     node = helper.make_node(

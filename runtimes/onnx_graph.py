@@ -98,6 +98,7 @@ class OnnxGraph:
         path: the file.
         ir_version: version of the file format.
         opset: version of the standard operators.
+        sparse_version: version of our sparse operators; 0 where the file asks for none.
         nodes: operators in the file's order.
         shapes: sizes of the initializers.
     """
@@ -107,6 +108,7 @@ class OnnxGraph:
     opset: int
     nodes: tuple[OnnxNode, ...]
     shapes: dict[str, tuple[int, ...]]
+    sparse_version: int = 0
 
     @cached_property
     def producers(self) -> dict[str, OnnxNode]:
@@ -136,10 +138,10 @@ class OnnxGraph:
         """Fraction of its weights that a sparse layer skips: what the file does not store."""
         if not node.places:
             return 0.0
-        entries, rows = self.shapes.get(node.inputs[1]), self.shapes.get(node.inputs[3])
+        entries, rows = self.shapes.get(node.inputs[1]), self.shapes.get(node.inputs[2])
         if entries is None or rows is None:
             return 0.0
-        return 1.0 - entries[0] / ((rows[0] - 1) * node.places)
+        return 1.0 - entries[0] / (rows[0] * node.places)
 
     def is_depthwise(self, node: OnnxNode) -> bool:
         """Each group of the convolution has one input channel."""
@@ -222,11 +224,12 @@ def read_onnx_graph(path: Path) -> OnnxGraph:
         raise ArtifactError(
             f"'{path}' holds no ONNX graph ({path.stat().st_size} bytes); export the run again"
         )
-    opset = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
+    versions = {item.domain: item.version for item in reversed(model.opset_import)}
     return OnnxGraph(
         path=path,
         ir_version=model.ir_version,
-        opset=opset,
+        opset=versions.get("", versions.get("ai.onnx", 0)),
         nodes=_nodes(model.graph),
         shapes={weight.name: tuple(weight.dims) for weight in model.graph.initializer},
+        sparse_version=versions.get(DOMAIN, 0),
     )

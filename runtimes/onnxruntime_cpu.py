@@ -65,6 +65,11 @@ def refusals(graph: OnnxGraph) -> tuple[str, ...]:
             f"it has operators of our sparse kernels, and these are {_missing()}; or export with "
             "target onnxruntime",
         )
+    if sparse.DOMAIN in graph.domains and graph.sparse_version != sparse.DOMAIN_VERSION:
+        return (
+            f"it was written for version {graph.sparse_version} of our sparse operators, and they "
+            f"are at version {sparse.DOMAIN_VERSION} here: export it again",
+        )
     return ()
 
 

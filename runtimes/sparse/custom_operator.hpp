@@ -18,6 +18,9 @@
 
 namespace obc::sparse {
 
+// Of what OPERATORS.md says; files say which one they were written for.
+constexpr int kDomainVersion = 2;
+
 enum class Kind { kEachRun, kConstant, kOptional, kOptionalConstant, kVariadic };
 
 struct Input {
@@ -46,8 +49,8 @@ class CustomOperator : public ort::CustomOp {
         get_variadic_input_homogeneity = [](const CustomOp*) { return 1; };
         get_variadic_output_min_arity = [](const CustomOp*) { return 1; };
         get_variadic_output_homogeneity = [](const CustomOp*) { return 1; };
-        get_start_version = [](const CustomOp*) { return 1; };
-        get_end_version = [](const CustomOp*) { return 1; };
+        get_start_version = [](const CustomOp*) { return kDomainVersion; };
+        get_end_version = [](const CustomOp*) { return kDomainVersion; };
         create_kernel_v2 = create;
         kernel_compute_v2 = compute;
         kernel_destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };

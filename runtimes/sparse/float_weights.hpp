@@ -11,7 +11,7 @@ struct FloatRows : SparseRows {
     std::vector<float> values;
 };
 
-// Inputs `values`, `column_index` and `row_start`, from input 1 on.
+// Inputs `values` and `mask`, from input 1 on.
 inline FloatRows read_entries(const Constants& constants, int64_t columns) {
     const Tensor values = constants.get(1, "values");
     require_type(values, "values", ort::kFloat);
@@ -20,7 +20,7 @@ inline FloatRows read_entries(const Constants& constants, int64_t columns) {
     if (columns > std::numeric_limits<int32_t>::max())
         refuse("the weights have ", columns, " columns, too many");
     FloatRows rows;
-    static_cast<SparseRows&>(rows) = read_rows(constants, 1, "column_index", values.shape[0], columns);
+    static_cast<SparseRows&>(rows) = read_rows(constants, 2, values.shape[0], columns);
     rows.values.assign(values.read<float>(), values.read<float>() + values.shape[0]);
     return rows;
 }

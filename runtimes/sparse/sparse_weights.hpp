@@ -19,12 +19,12 @@ inline void require_shape(const Tensor& tensor, const char* name, const Shape& s
         refuse("input '", name, "' has shape ", tensor.shape, ", expected ", shape);
 }
 
-// The outputs that `row_start` [O + 1] has the rows of.
-inline int64_t outputs_of(const Shape& row_start) {
-    if (row_start.size() != 1 || row_start[0] < 2 || row_start[0] > kMostChannels) {
-        refuse("input 'row_start' has shape ", row_start, ", expected [O + 1]");
+// The outputs that `mask` [O, ceil(places / 8)] has the rows of.
+inline int64_t outputs_of(const Shape& mask) {
+    if (mask.size() != 2 || mask[0] < 1 || mask[0] > kMostChannels) {
+        refuse("input 'mask' has shape ", mask, ", expected [O, bytes]");
     }
-    return row_start[0] - 1;
+    return mask[0];
 }
 
 // Rows of entries: those of output o are row_start[o] to row_start[o + 1] - 1, index ascending.
@@ -34,42 +34,38 @@ struct SparseRows {
     std::vector<int32_t> index;
 };
 
-// Inputs `first + 1` (the index, named so) and `first + 2` (row_start), for as many entries as
-// `values` has.
-inline SparseRows read_rows(const Constants& constants, size_t first, const char* index_name,
-                            int64_t entries, int64_t columns) {
-    const Tensor index = constants.get(first + 1, index_name);
-    const Tensor row_start = constants.get(first + 2, "row_start");
-    require_type(index, index_name, ort::kInt32);
-    require_type(row_start, "row_start", ort::kInt32);
+// Input `mask`, number `place`: which of `columns` places of each output hold one of the entries.
+inline SparseRows read_rows(const Constants& constants, size_t place, int64_t entries,
+                            int64_t columns) {
+    const Tensor mask = constants.get(place, "mask");
+    require_type(mask, "mask", ort::kUint8);
     if (entries > std::numeric_limits<int32_t>::max())
         refuse("input 'values' has ", entries, " rows, too many");
-    require_shape(index, index_name, {entries});
     SparseRows rows;
-    rows.outputs = outputs_of(row_start.shape);
-    rows.row_start.assign(row_start.read<int32_t>(), row_start.read<int32_t>() + rows.outputs + 1);
-    rows.index.assign(index.read<int32_t>(), index.read<int32_t>() + entries);
-    if (rows.row_start.front() != 0 || rows.row_start.back() != entries) {
-        refuse("input 'row_start' runs from ", rows.row_start.front(), " to ", rows.row_start.back(),
-               ", expected 0 to ", entries);
-    }
+    rows.outputs = outputs_of(mask.shape);
+    const int64_t bytes = (columns + 7) / 8;
+    require_shape(mask, "mask", {rows.outputs, bytes});
+    rows.row_start.reserve(size_t(rows.outputs) + 1);
+    rows.row_start.push_back(0);
+    rows.index.reserve(size_t(entries));
+    const uint8_t* byte = mask.read<uint8_t>();
     for (int64_t o = 0; o < rows.outputs; ++o) {
-        if (rows.row_start[size_t(o)] > rows.row_start[size_t(o) + 1]) {
-            refuse("input 'row_start' falls from ", rows.row_start[size_t(o)], " to ",
-                   rows.row_start[size_t(o) + 1], " after output channel ", o);
-        }
-    }
-    for (int64_t o = 0; o < rows.outputs; ++o) {
-        int64_t before = -1;
-        for (int32_t i = rows.row_start[size_t(o)]; i < rows.row_start[size_t(o) + 1]; ++i) {
-            const int64_t now = rows.index[size_t(i)];
-            if (now <= before || now >= columns) {
-                refuse("input '", index_name, "' holds ", now, " after ", before,
-                       " for output channel ", o, ", expected ascending values from 0 to ",
-                       columns - 1);
+        for (int64_t b = 0; b < bytes; ++b, ++byte) {
+            for (unsigned left = *byte; left != 0; left &= left - 1) {
+                rows.index.push_back(int32_t(b * 8 + __builtin_ctz(left)));
             }
-            before = now;
         }
+        if (!rows.index.empty() && rows.index.back() >= columns) {
+            refuse("input 'mask' has place ", rows.index.back(), " of output channel ", o,
+                   ", expected places from 0 to ", columns - 1);
+        }
+        if (int64_t(rows.index.size()) > entries) break;
+        rows.row_start.push_back(int32_t(rows.index.size()));
+    }
+    if (int64_t(rows.index.size()) != entries) {
+        refuse("input 'mask' has ", rows.index.size(),
+               int64_t(rows.index.size()) > entries ? " or more" : "", " places, expected ", entries,
+               ", the rows of 'values'");
     }
     return rows;
 }
@@ -80,7 +76,7 @@ struct BlockRows : SparseRows {
     BlockWeights view() const { return {row_start.data(), index.data(), values.data()}; }
 };
 
-// Inputs `values`, `block_index` and `row_start`, from input `first` on.
+// Inputs `values` and `mask`, from input `first` on.
 inline BlockRows read_blocks(const Constants& constants, size_t first, int64_t channels,
                              int64_t positions) {
     const Tensor values = constants.get(first, "values");
@@ -95,7 +91,7 @@ inline BlockRows read_blocks(const Constants& constants, size_t first, int64_t c
     }
     BlockRows rows;
     static_cast<SparseRows&>(rows) =
-        read_rows(constants, first, "block_index", values.shape[0], positions * blocks);
+        read_rows(constants, first + 1, values.shape[0], positions * blocks);
     rows.values.assign(values.read<int8_t>(), values.read<int8_t>() + values.shape[0] * 4);
     const int64_t in_last = channels - (blocks - 1) * 4;
     for (size_t i = 0; i < rows.index.size(); ++i) {

@@ -26,6 +26,14 @@ DEEPSPARSE_MARKS = (
 )
 
 
+def places_in(mask):
+    """Of each row of a sparse layer's mask the places that are stored."""
+    return [
+        [8 * byte + bit for byte, held in enumerate(row) for bit in range(8) if held >> bit & 1]
+        for row in mask.tolist()
+    ]
+
+
 class Compressed:
     """`compressed(kind, scheme, steps=...)`: round-to-nearest networks.
 

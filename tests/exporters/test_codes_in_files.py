@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exported import places_in
 from onnx import numpy_helper
 from torch import nn
 
@@ -49,13 +50,12 @@ def compressed(request):
 
 def from_blocks(stored, layer, shape):
     """The codes that an operator of ours stores in blocks of four input channels."""
-    values, index, row_start = (
-        stored[f"{layer}.weight_codes_{part}"] for part in ("blocks", "block_index", "row_start")
-    )
+    values, mask = (stored[f"{layer}.weight_codes_{part}"] for part in ("blocks", "mask"))
     outputs, channels, *kernel = shape
     blocks = np.zeros((outputs, int(np.prod(kernel)) * -(-channels // 4), 4), np.int8)
-    rows = np.repeat(np.arange(outputs), np.diff(row_start))
-    blocks[rows, index] = values
+    kept = [(row, place) for row, places in enumerate(places_in(mask)) for place in places]
+    for where, block in zip(kept, values, strict=True):
+        blocks[where] = block
     codes = blocks.reshape(outputs, *kernel, -1)[..., :channels]
     return np.moveaxis(codes, -1, 1)
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from exported import operators, relative
+from exported import operators, places_in, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, shape_inference
@@ -230,9 +230,11 @@ def test_stored_entries_give_the_weights_back(data):
     weight = sparse_weight(np.random.default_rng(seed), shape, zeros)
     stored = stored_entries(weight)
     again = np.zeros((shape[0], weight.size // shape[0]), np.float32)
-    for row in range(shape[0]):
-        part = slice(stored.row_start[row], stored.row_start[row + 1])
-        again[row, stored.index[part]] = stored.values[part]
+    values = iter(stored.values)
+    for row, places in enumerate(places_in(stored.mask)):
+        for place in places:
+            again[row, place] = next(values)
+    assert next(values, None) is None
     if len(shape) == 4:
         again = again.reshape(shape[0], *shape[2:], shape[1]).transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(again.reshape(shape), weight)

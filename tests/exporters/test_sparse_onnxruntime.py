@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from exported import constants, operators, relative
+from exported import constants, operators, places_in, relative
 from exported import run as run_plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from obc_deploy.artifacts import manifest_path
 from obc_deploy.cli import app
 from obc_deploy.compiled_library import missing
 from obc_deploy.compression import compress
@@ -190,7 +191,7 @@ def test_a_residual_is_the_separate_operators_bit_for_bit(exported, tmp_path):
     fused = [
         node
         for node in onnx.load(ours.path).graph.node
-        if node.op_type == "SparseConvolution" and len(node.input) == 7
+        if node.op_type == "SparseConvolution" and len(node.input) == 6
     ]
     assert len(fused) == 1
     x = samples(Residual, COUNT, seed=3)
@@ -254,9 +255,9 @@ def frames_read(node):
     if not attribute(node, "channels"):
         return {}  # reads no blocked tensor
     found = {node.input[0]: (attribute(node, "input_border"), attribute(node, "input_margin"))}
-    if len(node.input) > 6:
+    if len(node.input) > 5:
         frame = attribute(node, "residual_border"), attribute(node, "residual_margin")
-        found[node.input[6]] = frame
+        found[node.input[5]] = frame
     return found
 
 
@@ -503,6 +504,34 @@ def test_a_file_says_whose_costs_decided_and_is_made_anew_for_another_processor(
     assert plain.manifest.processor is None
 
 
+def test_a_file_of_another_version_of_the_operators_is_refused_and_made_anew(
+    compressed, tmp_path, everywhere
+):
+    from obc_deploy.benchmarks.comparison import _artifact
+
+    model, file, target = blocks(compressed, Plain, 0.8), tmp_path / "model.onnx", TARGETS[SPARSE]
+    made = _artifact(model, file, target, 1)
+    assert made.manifest.sparse_version == sparse.DOMAIN_VERSION
+    proto = onnx.load(file)
+    for each in proto.opset_import:
+        if each.domain == sparse.DOMAIN:
+            each.version -= 1
+    onnx.save(proto, file)
+    before = sparse.DOMAIN_VERSION - 1
+    with pytest.raises(
+        RuntimeFailedError,
+        match=f"version {before} of our sparse operators.*version {sparse.DOMAIN_VERSION} here.*"
+        "export it again",
+    ):
+        open_session("onnxruntime", file, threads=1)
+    older = made.manifest.model_copy(update={"sparse_version": before})
+    manifest_path(file).write_text(older.model_dump_json())
+    again = _artifact(model, file, target, 1)
+    assert again.manifest == made.manifest
+    with open_session("onnxruntime", again.path, threads=1):
+        pass
+
+
 @pytest.mark.parametrize(("channels", "group", "counts"), [(1, 1, True), (8, 8, False)])
 def test_a_layer_of_one_input_channel_is_no_depthwise_one(channels, group, counts):
     codes = numpy_helper.from_array(np.ones((8, 1, 3, 3), np.int8), "w")
@@ -631,11 +660,13 @@ def test_stored_blocks_give_the_weights_back(data):
     outputs, channels, height, width = shape
     many = -(-channels // 4)
     again = np.zeros((outputs, height, width, many * 4), np.int8)
-    for output in range(outputs):
-        for place in range(stored.row_start[output], stored.row_start[output + 1]):
-            position, block = divmod(int(stored.block_index[place]), many)
+    values = iter(stored.values)
+    for output, places in enumerate(places_in(stored.mask)):
+        for place in places:
+            position, block = divmod(place, many)
             y, x = divmod(position, width)
-            again[output, y, x, 4 * block : 4 * block + 4] = stored.values[place]
+            again[output, y, x, 4 * block : 4 * block + 4] = next(values)
+    assert next(values, None) is None
     np.testing.assert_array_equal(again[..., :channels].transpose(0, 3, 1, 2), codes)
     assert not again[..., channels:].any()
     assert stored.places == outputs * many * height * width

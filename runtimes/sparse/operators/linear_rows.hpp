@@ -17,12 +17,12 @@ struct LinearOptions {
     explicit LinearOptions(const Attributes& attributes)
         : features(attributes.integer("features", {1, kMostChannels})) {}
 
-    Shape rows_shape(const std::vector<Shape>& inputs, size_t row_start) const {
+    Shape rows_shape(const std::vector<Shape>& inputs) const {
         Shape shape = inputs.at(0);
         if (shape.empty() || shape.back() != features) {
             refuse("input 'x' has shape ", shape, ", expected [..., ", features, "]");
         }
-        shape.back() = outputs_of(inputs.at(row_start));
+        shape.back() = outputs_of(inputs.at(2));
         return shape;
     }
 };

@@ -18,13 +18,12 @@ class SparseConvolution {
     static constexpr const char* kName = "SparseConvolution";
     static constexpr Input kInputs[] = {{"x", ort::kUint8, Kind::kEachRun},
                                         {"values", ort::kInt8, Kind::kConstant},
-                                        {"block_index", ort::kInt32, Kind::kConstant},
-                                        {"row_start", ort::kInt32, Kind::kConstant},
+                                        {"mask", ort::kUint8, Kind::kConstant},
                                         {"weight_scale", ort::kFloat, Kind::kConstant},
                                         {"bias", ort::kInt32, Kind::kOptionalConstant},
                                         {"residual", ort::kUint8, Kind::kOptional}};
     static constexpr ort::ElementType kOutput = ort::kUint8;
-    static constexpr size_t kResidual = 6;
+    static constexpr size_t kResidual = 5;
 
     struct Options {
         int64_t channels;
@@ -67,7 +66,7 @@ class SparseConvolution {
         }
 
         Shape output_shape(const std::vector<Shape>& inputs) const {
-            return shape_of(output(input(inputs.at(0)), outputs_of(inputs.at(3))));
+            return shape_of(output(input(inputs.at(0)), outputs_of(inputs.at(2))));
         }
 
         // The grid that the sums are rounded to.
@@ -80,8 +79,8 @@ class SparseConvolution {
         : options_(options), set_(instruction_set()),
           blocks_(read_blocks(constants, 1, options.channels,
                               options.windows.height * options.windows.width)) {
-        const std::vector<float> scale = read_weight_scale(constants, 4, blocks_.outputs);
-        bias_ = folded_biases(blocks_, read_bias<int32_t>(constants, 5, ort::kInt32, blocks_.outputs),
+        const std::vector<float> scale = read_weight_scale(constants, 3, blocks_.outputs);
+        bias_ = folded_biases(blocks_, read_bias<int32_t>(constants, 4, ort::kInt32, blocks_.outputs),
                               options.input_grid.zero_point);
         multiplier_ = multipliers(options.input_grid.scale, scale, options.sums_grid().grid.scale);
     }

@@ -20,12 +20,11 @@ class SparseConvolutionFloat {
     static constexpr const char* kName = "SparseConvolutionFloat";
     static constexpr Input kInputs[] = {{"x", ort::kFloat, Kind::kEachRun},
                                         {"values", ort::kFloat, Kind::kConstant},
-                                        {"column_index", ort::kInt32, Kind::kConstant},
-                                        {"row_start", ort::kInt32, Kind::kConstant},
+                                        {"mask", ort::kUint8, Kind::kConstant},
                                         {"bias", ort::kFloat, Kind::kOptionalConstant},
                                         {"residual", ort::kFloat, Kind::kOptional}};
     static constexpr ort::ElementType kOutput = ort::kFloat;
-    static constexpr size_t kResidual = 5;
+    static constexpr size_t kResidual = 4;
 
     struct Options {
         int64_t channels;
@@ -43,7 +42,7 @@ class SparseConvolutionFloat {
             if (x.size() != 4 || x[1] != channels || x[2] < 1 || x[3] < 1) {
                 refuse("input 'x' has shape ", x, ", expected [N, ", channels, ", H, W]");
             }
-            return {x[0], outputs_of(inputs.at(3)), windows.out_height(x[2]), windows.out_width(x[3])};
+            return {x[0], outputs_of(inputs.at(2)), windows.out_height(x[2]), windows.out_width(x[3])};
         }
     };
 
@@ -51,7 +50,7 @@ class SparseConvolutionFloat {
         : options_(options), set_(instruction_set()),
           entries_(read_entries(constants,
                                 options.windows.height * options.windows.width * options.channels)),
-          bias_(read_bias<float>(constants, 4, ort::kFloat, entries_.outputs)) {}
+          bias_(read_bias<float>(constants, 3, ort::kFloat, entries_.outputs)) {}
 
     void run(const Run& run, const Tensor& output) const {
         const Tensor& x = run.input(0);

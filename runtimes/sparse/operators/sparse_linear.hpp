@@ -10,8 +10,7 @@ class SparseLinear {
     static constexpr const char* kName = "SparseLinear";
     static constexpr Input kInputs[] = {{"x", ort::kUint8, Kind::kEachRun},
                                         {"values", ort::kInt8, Kind::kConstant},
-                                        {"block_index", ort::kInt32, Kind::kConstant},
-                                        {"row_start", ort::kInt32, Kind::kConstant},
+                                        {"mask", ort::kUint8, Kind::kConstant},
                                         {"weight_scale", ort::kFloat, Kind::kConstant},
                                         {"bias", ort::kInt32, Kind::kOptionalConstant}};
     static constexpr ort::ElementType kOutput = ort::kUint8;
@@ -24,7 +23,7 @@ class SparseLinear {
             : LinearOptions(attributes), input_grid(read_grid(attributes, "input")),
               grid(read_output_grid(attributes)) {}
 
-        Shape output_shape(const std::vector<Shape>& inputs) const { return rows_shape(inputs, 3); }
+        Shape output_shape(const std::vector<Shape>& inputs) const { return rows_shape(inputs); }
     };
 
     SparseLinear(const Options& options, const Constants& constants)
@@ -45,10 +44,10 @@ class SparseLinear {
   private:
     SparseLinear(const Options& options, const Constants& constants, const BlockRows& blocks)
         : options_(options), set_(instruction_set()), weights_(blocks),
-          bias_(folded_biases(blocks, read_bias<int32_t>(constants, 5, ort::kInt32, blocks.outputs),
+          bias_(folded_biases(blocks, read_bias<int32_t>(constants, 4, ort::kInt32, blocks.outputs),
                               options.input_grid.zero_point)),
           multiplier_(multipliers(options.input_grid.scale,
-                                  read_weight_scale(constants, 4, blocks.outputs),
+                                  read_weight_scale(constants, 3, blocks.outputs),
                                   options.grid.grid.scale)) {}
 
     Options options_;
@@ -63,8 +62,7 @@ class SparseLinearDequantize {
     static constexpr const char* kName = "SparseLinearDequantize";
     static constexpr Input kInputs[] = {{"x", ort::kUint8, Kind::kEachRun},
                                         {"values", ort::kInt8, Kind::kConstant},
-                                        {"block_index", ort::kInt32, Kind::kConstant},
-                                        {"row_start", ort::kInt32, Kind::kConstant},
+                                        {"mask", ort::kUint8, Kind::kConstant},
                                         {"weight_scale", ort::kFloat, Kind::kConstant},
                                         {"bias", ort::kFloat, Kind::kOptionalConstant}};
     static constexpr ort::ElementType kOutput = ort::kFloat;
@@ -75,7 +73,7 @@ class SparseLinearDequantize {
         explicit Options(const Attributes& attributes)
             : LinearOptions(attributes), input_grid(read_grid(attributes, "input")) {}
 
-        Shape output_shape(const std::vector<Shape>& inputs) const { return rows_shape(inputs, 3); }
+        Shape output_shape(const std::vector<Shape>& inputs) const { return rows_shape(inputs); }
     };
 
     SparseLinearDequantize(const Options& options, const Constants& constants)
@@ -100,8 +98,8 @@ class SparseLinearDequantize {
           zero_point_sums_(folded_biases(blocks, std::vector<int32_t>(size_t(blocks.outputs)),
                                          options.input_grid.zero_point)),
           multiplier_(multipliers(options.input_grid.scale,
-                                  read_weight_scale(constants, 4, blocks.outputs), 1.0f)),
-          bias_(read_bias<float>(constants, 5, ort::kFloat, blocks.outputs)) {}
+                                  read_weight_scale(constants, 3, blocks.outputs), 1.0f)),
+          bias_(read_bias<float>(constants, 4, ort::kFloat, blocks.outputs)) {}
 
     Options options_;
     const InstructionSet& set_;

@@ -11,8 +11,7 @@ class SparseLinearFloat {
     static constexpr const char* kName = "SparseLinearFloat";
     static constexpr Input kInputs[] = {{"x", ort::kFloat, Kind::kEachRun},
                                         {"values", ort::kFloat, Kind::kConstant},
-                                        {"column_index", ort::kInt32, Kind::kConstant},
-                                        {"row_start", ort::kInt32, Kind::kConstant},
+                                        {"mask", ort::kUint8, Kind::kConstant},
                                         {"bias", ort::kFloat, Kind::kOptionalConstant}};
     static constexpr ort::ElementType kOutput = ort::kFloat;
 
@@ -21,13 +20,13 @@ class SparseLinearFloat {
 
         explicit Options(const Attributes& attributes) : LinearOptions(attributes), clip(attributes) {}
 
-        Shape output_shape(const std::vector<Shape>& inputs) const { return rows_shape(inputs, 3); }
+        Shape output_shape(const std::vector<Shape>& inputs) const { return rows_shape(inputs); }
     };
 
     SparseLinearFloat(const Options& options, const Constants& constants)
         : options_(options), set_(instruction_set()),
           entries_(read_entries(constants, options.features)),
-          bias_(read_bias<float>(constants, 4, ort::kFloat, entries_.outputs)) {}
+          bias_(read_bias<float>(constants, 3, ort::kFloat, entries_.outputs)) {}
 
     void run(const Run& run, const Tensor& output) const {
         const int64_t rows = row_count(run.input(0));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,25 +95,32 @@ class Graph:
         return found
 
 
-def blocks_of(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values, block_index, row_start) of a weight [O, C, height, width]."""
+def mask_of(rows: Iterable[Iterable[int]], places: int) -> np.ndarray:
+    """The bits of the places that are stored, row by row: [O, ceil(places / 8)]."""
+    kept = [list(row) for row in rows]
+    mask = np.zeros((len(kept), -(-places // 8)), np.uint8)
+    for output, row in enumerate(kept):
+        for place in row:
+            mask[output, place // 8] |= 1 << place % 8
+    return mask
+
+
+def blocks_of(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(values, mask) of a weight [O, C, height, width]."""
     outputs, channels = weight.shape[:2]
     padded = np.pad(weight, ((0, 0), (0, -channels % 4), (0, 0), (0, 0)))
     # [O, blocks, 4, height, width] to [O, height, width, blocks, 4]
     rows = padded.reshape(outputs, -1, 4, *weight.shape[2:]).transpose(0, 3, 4, 1, 2)
     rows = rows.reshape(outputs, -1, 4)
     kept = rows.any(axis=2)
-    index = np.nonzero(kept)[1].astype(np.int32)
-    starts = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
-    return rows[kept].astype(np.int8), index, starts
+    return rows[kept].astype(np.int8), mask_of(map(np.flatnonzero, kept), kept.shape[1])
 
 
-def entries_of(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values, column_index, row_start) of a float weight [O, C, height, width]."""
+def entries_of(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(values, mask) of a float weight [O, C, height, width]."""
     rows = weight.transpose(0, 2, 3, 1).reshape(weight.shape[0], -1)
     kept = rows != 0
-    starts = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
-    return rows[kept].astype(np.float32), np.nonzero(kept)[1].astype(np.int32), starts
+    return rows[kept].astype(np.float32), mask_of(map(np.flatnonzero, kept), kept.shape[1])
 
 
 def block_sparse(

@@ -449,8 +449,8 @@ def test_shapes_may_change_from_run_to_run_and_are_inferred():
 
 
 def test_weights_are_int8_in_the_file():
-    values, index, starts = blocks_of(np.ones((2, 5, 1, 1), np.int8))
-    assert (values.dtype, index.tolist(), starts.tolist()) == (np.int8, [0, 1, 0, 1], [0, 2, 4])
+    values, mask = blocks_of(np.ones((2, 5, 1, 1), np.int8))
+    assert (values.dtype, mask.dtype, mask.tolist()) == (np.int8, np.uint8, [[3], [3]])
     assert values.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]] * 2
     graph = Graph()
     assert graph.constants == []

@@ -53,7 +53,7 @@ def test_sparse_convolution_float(
     if with_residual:
         feeds["residual"] = random.normal(size=wanted.shape).astype(np.float32)
         wanted = wanted + feeds["residual"]
-        inputs += [""] * (5 - len(inputs)) + [graph.input("residual", feeds["residual"])]
+        inputs += [""] * (4 - len(inputs)) + [graph.input("residual", feeds["residual"])]
     found = graph.sparse("SparseConvolutionFloat", inputs, channels=image.channels, **where, **clip)
     with sparse.use_instruction_set(instructions):
         (made,) = graph.run(feeds, {found: FLOAT}, threads)

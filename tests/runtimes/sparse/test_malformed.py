@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sparse_models import FLOAT, UINT8, Graph
+from sparse_models import FLOAT, UINT8, Graph, mask_of
 
 from obc_deploy.runtimes import sparse
 
@@ -62,15 +62,13 @@ INPUT = {"input_scale": 0.5, "input_zero_point": 3}
 OUTPUT = {"output_scale": 0.25, "output_zero_point": 7}
 WEIGHTS = {
     "values": np.int8([[1, 2, 3, 4], [5, 0, 0, 0], [1, 1, 1, 1]]),
-    "block_index": np.int32([0, 17, 2]),
-    "row_start": np.int32([0, 2, 2, 3]),
+    "mask": mask_of([[0, 17], [], [2]], 18),
     "weight_scale": np.float32([0.5, 0.25, 1]),
     "bias": np.int32([1, 2, 3]),
 }
 ENTRIES = {
     "values": np.float32([1, 2, 3]),
-    "column_index": np.int32([0, 44, 2]),
-    "row_start": np.int32([0, 2, 2, 3]),
+    "mask": mask_of([[0, 44], [], [2]], 45),
     "bias": np.float32([1, 2, 3]),
 }
 THREE = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
@@ -92,7 +90,7 @@ DEPTHWISE = Node(
     {"channels": 5, "input_border": 1, "pads": [1, 1, 1, 1], **INPUT, **OUTPUT},
 )  # fmt: skip
 LINEAR = Node(
-    "SparseLinear", {"x": ROWS}, {**WEIGHTS, "block_index": np.int32([0, 1, 0])},
+    "SparseLinear", {"x": ROWS}, {**WEIGHTS, "mask": mask_of([[0, 1], [], [0]], 2)},
     {"features": 6, **INPUT, **OUTPUT},
 )  # fmt: skip
 DEQUANTIZE = Node(
@@ -125,7 +123,7 @@ CONVOLUTION_FLOAT = Node(
 )  # fmt: skip
 LINEAR_FLOAT = Node(
     "SparseLinearFloat", {"x": ROWS.astype(np.float32)},
-    {**ENTRIES, "column_index": np.int32([0, 5, 2])}, {"features": 6}, output=FLOAT,
+    {**ENTRIES, "mask": mask_of([[0, 5], [], [2]], 6)}, {"features": 6}, output=FLOAT,
 )  # fmt: skip
 
 VALID = (
@@ -182,7 +180,7 @@ def test_missing_attributes_and_wrong_types(node, name):
         (CONVOLUTION, {"kernel_shape": [3]}, "'kernel_shape' has 1 values, expected 2"),
         (CONVOLUTION, {"kernel_shape": [0, 3]}, "'kernel_shape' is 0, expected 1 to"),
         (CONVOLUTION, {"kernel_shape": [91, 91]}, "'kernel_shape' has 8281 positions, .* 8192"),
-        (CONVOLUTION, {"kernel_shape": [1, 3]}, "'block_index' holds 17 after 0 .* 0 to 5"),
+        (CONVOLUTION, {"kernel_shape": [1, 3]}, r"'mask' has shape \[3, 3\], expected \[3, 1\]"),
         (CONVOLUTION, {"strides": [3, 3]}, "'strides' is 3, expected 1 to 2"),
         (CONVOLUTION, {"strides": [1, 2]}, r"'strides' is \[1, 2\], expected \[1, 1\] or \[2, 2\]"),
         (CONVOLUTION, {"input_scale": 0.0}, "'input_scale' is 0, expected a finite number above"),
@@ -195,7 +193,7 @@ def test_missing_attributes_and_wrong_types(node, name):
         (CONVOLUTION, {"upper": 256}, "'upper' is 256"),
         (CONVOLUTION, {"output_scale": 1e-38, "input_scale": 1e30}, "infinite multiplier"),
         (CONVOLUTION, {"residual_scale": 1.0}, "'residual_zero_point' is missing"),
-        (CONVOLUTION, {"channels": 3}, "row 0 for a channel beyond the last|'block_index'"),
+        (CONVOLUTION, {"channels": 3}, r"'mask' has shape \[3, 3\], expected \[3, 2\]"),
         (WITH_RESIDUAL, {"residual_border": 1}, r"'residual' has shape \[1, 1, 4, 4, 4\]"),
         (WITH_RESIDUAL, {"residual_margin": 1}, r"'residual' has shape \[1, 1, 4, 4, 4\]"),
         (DEPTHWISE, {"strides": [1, 3]}, "'strides' is 3"),
@@ -224,8 +222,8 @@ def test_missing_attributes_and_wrong_types(node, name):
         (CONVOLUTION_FLOAT, {"lower": 2.0, "upper": 1.0}, "'lower' is 2, expected at most"),
         (CONVOLUTION_FLOAT, {"lower": float("nan")}, "'lower' is not a number"),
         (CONVOLUTION_FLOAT, {"pads": [3, 0, 0, 0]}, "expected each below the kernel's size"),
-        (CONVOLUTION_FLOAT, {"channels": 6}, r"expected \[N, 6, H, W\]"),
-        (LINEAR_FLOAT, {"features": 5}, "'column_index' holds 5"),
+        (CONVOLUTION_FLOAT, {"channels": 6}, r"'mask' has shape \[3, 6\], expected \[3, 7\]"),
+        (LINEAR_FLOAT, {"features": 5}, "'mask' has place 5 of output channel 0, .* from 0 to 4"),
     ],
 )  # fmt: skip
 def test_wrong_attributes(node, attributes, message):
@@ -236,20 +234,13 @@ def test_wrong_attributes(node, attributes, message):
 SPOILT_WEIGHTS = [
     ({"values": np.ones((3, 3), np.int8)}, r"'values' has shape \[3, 3\], expected \[blocks, 4\]"),
     ({"values": np.ones(12, np.int8)}, r"'values' has shape \[12\]"),
-    ({"values": np.ones((4, 4), np.int8)}, r"'block_index' has shape \[3\], expected \[4\]"),
-    ({"block_index": np.int32([0, 99, 2])}, "'block_index' holds 99 after 0 for output channel 0"),
-    ({"block_index": np.int32([-1, 1, 2])}, "'block_index' holds -1"),
-    ({"block_index": np.int32([1, 0, 1])}, "'block_index' holds 0 after 1"),
-    ({"block_index": np.int32([1, 1, 1])}, "'block_index' holds 1 after 1"),
-    ({"block_index": np.int32([[0, 1, 2]])}, r"'block_index' has shape \[1, 3\]"),
-    ({"row_start": np.int32([0, 2, 1, 3])}, "'row_start' falls from 2 to 1 after output channel 1"),
-    ({"row_start": np.int32([0, 9, 2, 3])}, "'row_start' falls from 9 to 2"),
-    ({"row_start": np.int32([0, -5, 2, 3])}, "'row_start' falls from 0 to -5"),
-    ({"row_start": np.int32([1, 2, 2, 3])}, "'row_start' runs from 1 to 3, expected 0 to 3"),
-    ({"row_start": np.int32([0, 2, 2, 4])}, "'row_start' runs from 0 to 4"),
-    ({"row_start": np.int32([0])}, r"'row_start' has shape \[1\], expected \[O \+ 1\]"),
-    ({"row_start": np.int32(0)}, r"'row_start' has shape \[\]"),
-    ({"row_start": np.zeros(0, np.int32)}, r"'row_start' has shape \[0\]"),
+    ({"values": np.ones((4, 4), np.int8)}, "'mask' has 3 places, expected 4, the rows of 'values'"),
+    ({"values": np.ones((2, 4), np.int8)}, "'mask' has 3 or more places, expected 2"),
+    ({"values": np.ones((0, 4), np.int8)}, "'mask' has [12] or more places, expected 0"),
+    ({"mask": np.full((3, 4), 1, np.uint8)}, r"'mask' has shape \[3, 4\], expected \[3, [13]\]"),
+    ({"mask": np.zeros((0, 3), np.uint8)}, r"'mask' has shape \[0, 3\], expected \[O, bytes\]"),
+    ({"mask": np.zeros(3, np.uint8)}, r"'mask' has shape \[3\], expected \[O, bytes\]"),
+    ({"mask": np.uint8(1)}, r"'mask' has shape \[\]"),
     ({"weight_scale": np.float32([1, 1])}, r"'weight_scale' has shape \[2\], expected \[3\] or"),
     ({"weight_scale": np.float32([1, 0, 1])}, "'weight_scale' holds 0 for output channel 1"),
     ({"weight_scale": np.float32([1, 1, np.nan])}, "'weight_scale' holds -?nan"),
@@ -274,16 +265,30 @@ def test_wrong_weights(node, constants, message):
     ("constants", "message"),
     [
         ({"values": np.float32([[1, 2, 3]])}, r"'values' has shape \[1, 3\], expected \[entries\]"),
-        ({"values": np.float32([1, 2])}, r"'column_index' has shape \[3\], expected \[2\]"),
-        ({"column_index": np.int32([0, 45, 2])}, "'column_index' holds 45"),
-        ({"column_index": np.int32([3, 3, 2])}, "'column_index' holds 3 after 3"),
-        ({"row_start": np.int32([0, 3, 2, 3])}, "'row_start' falls from 3 to 2"),
+        ({"values": np.float32([1, 2])}, "'mask' has 3 or more places, expected 2"),
+        ({"values": np.float32([1, 2, 3, 4])}, "'mask' has 3 places, expected 4"),
+        ({"mask": mask_of([[0, 9], [1]], 99)}, r"'mask' has shape \[2, 13\], expected \[2, "),
         ({"bias": np.float32([1])}, r"'bias' has shape \[1\], expected \[3\]"),
     ],
 )
 def test_wrong_float_weights(node, constants, message):
     with pytest.raises(Exception, match=f"{node.kind} '{node.kind}_0': .*{message}"):
         node.holding(**constants).run()
+
+
+@pytest.mark.parametrize(
+    ("node", "places"),
+    [(CONVOLUTION, 18), (LINEAR, 2), (CONVOLUTION_FLOAT, 45), (LINEAR_FLOAT, 6)],
+    ids=["SparseConvolution", "SparseLinear", "SparseConvolutionFloat", "SparseLinearFloat"],
+)  # fmt: skip
+def test_bits_beyond_the_last_place(node, places):
+    for rows in ([[0, places], [], [1]], [[0], [places], [1]], [[0], [1], [places]]):
+        mask = mask_of(rows, places + 1)
+        assert mask.shape == node.constants["mask"].shape
+        output = next(i for i, row in enumerate(rows) if places in row)
+        message = f"'mask' has place {places} of output channel {output}, .* 0 to {places - 1}"
+        with pytest.raises(Exception, match=message):
+            node.holding(mask=mask).run()
 
 
 def test_weights_for_channels_that_are_not_there():
@@ -359,7 +364,7 @@ def test_too_few_and_too_many_inputs():
 
 def test_a_residual_must_be_announced():
     graph, output = WITH_RESIDUAL.graph()
-    del graph.nodes[0].input[6:]
+    del graph.nodes[0].input[5:]
     with pytest.raises(Exception, match="'residual_scale' is there, but input 'residual' is miss"):
         graph.run(WITH_RESIDUAL.fed, {output: UINT8})
     with pytest.raises(Exception, match="'residual' is there, but attribute 'residual_scale' is m"):
