@@ -30,7 +30,13 @@ from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Audit, AuditedLayer
 from obc_deploy.runtimes.contract import LayerProfile
 from obc_deploy.schemes import Scheme
-from obc_deploy.targets import DEEPSPARSE, ONNXRUNTIME, ONNXRUNTIME_QOPERATOR, ORT_SPARSE
+from obc_deploy.targets import (
+    DEEPSPARSE,
+    ONNXRUNTIME,
+    ONNXRUNTIME_QOPERATOR,
+    ORT_SPARSE,
+    Processor,
+)
 
 QUICK = LatencySettings(threads=1, rounds=1)
 W8A8, SPARSE = Scheme.parse("w8a8"), Scheme.parse("2:4+w8a8")
@@ -226,11 +232,15 @@ def test_sparse_levels_are_timed_on_the_sparse_operators(tmp_path: Path) -> None
     scheme = Scheme.parse("block4@0.9+w8a8")
     levels = {layer.name: (W8A8, scheme) for layer in wide.layers if layer.name == "second"}
     levels |= {layer.name: (W8A8,) for layer in wide.layers if layer.name != "second"}
-    wanted = latency._wanted(levels, ORT_SPARSE)
-    dense, pruned = latency._written(wide, ORT_SPARSE, wanted, tmp_path, QUICK, lambda *_: None)
-    found = [
-        {node.op_type for node in onnx.load(each.path).graph.node if node.domain == sparse.DOMAIN}
-        for each in (dense, pruned)
-    ]
-    assert "SparseConvolution" not in found[0]
-    assert "SparseConvolution" in found[1]
+    target = replace(ORT_SPARSE, processor=Processor.ZEN_4)
+    wanted = latency._wanted(levels, target)
+    dense, pruned = latency._written(wide, target, wanted, tmp_path, QUICK, lambda *_: None)
+    stored = []
+    for each in (dense, pruned):
+        graph = onnx.load(each.path).graph
+        (blocks,) = (one for one in graph.initializer if one.name == "second.weight_codes_blocks")
+        assert any(
+            node.op_type == "SparseConvolution" and blocks.name in node.input for node in graph.node
+        )
+        stored.append(blocks.dims[0])
+    assert stored[1] == pytest.approx(0.1 * stored[0], rel=0.1)
