@@ -48,6 +48,8 @@ _SIGNATURES: Signatures = {
         (_POINTER, _INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
     ),
     "obc_find_grid": (_INT64, (_POINTER, _INT64, _POINTER)),
+    "obc_invert_hessians": (_INT64, (_POINTER, _POINTER, _POINTER)),
+    "obc_output_energy": (_INT64, (_POINTER, _POINTER, _INT64, _POINTER)),
     "obc_update_rate": (ctypes.c_double, (_INT64, _INT64, _INT64, _INT64)),
 }
 
@@ -90,6 +92,18 @@ class GridSearch(ctypes.Structure):
         ("least_scale", ctypes.c_double),
         ("scale", _POINTER),
         ("zero_point", _POINTER),
+    )
+
+
+class Hessians(ctypes.Structure):
+    """The C++ side's view of one symmetric matrix a group."""
+
+    _fields_ = (
+        ("matrices", _POINTER),
+        ("groups", _INT64),
+        ("cols", _INT64),
+        ("threads", _INT64),
+        ("control", _POINTER),
     )
 
 
@@ -193,9 +207,20 @@ def run(
             thread.join()
         raise
     thread.join()
-    if outcome == [1]:
+    check(outcome[0] if outcome else None)
+
+
+def check(outcome: int | None) -> None:
+    """Nothing, where native code says that it did its work.
+
+    Raises:
+        InterruptedSolveError: it was told to stop.
+        MemoryError: it could not get its memory.
+        ValueError: it did not know what was asked for, or did not end.
+    """
+    if outcome == 1:
         raise InterruptedSolveError
-    if outcome == [2]:
+    if outcome == 2:
         raise MemoryError("the native solver could not get its memory; use fewer threads")
-    if outcome != [0]:
+    if outcome != 0:
         raise ValueError(f"the native solver ended with outcome {outcome}")

@@ -19,7 +19,7 @@ namespace avx2 {
 }  // namespace avx2
 
 constexpr InstructionSet kAvx2 = {"avx2", avx2::solvers<float>(), avx2::solvers<double>(),
-                               avx2::find_grid};
+                               avx2::find_grid, avx2::invert_hessians, avx2::output_energy};
 }  // namespace obc
 
 #if defined(__clang__)

@@ -19,7 +19,7 @@ namespace avx512 {
 }  // namespace avx512
 
 constexpr InstructionSet kAvx512 = {"avx512", avx512::solvers<float>(), avx512::solvers<double>(),
-                               avx512::find_grid};
+                               avx512::find_grid, avx512::invert_hessians, avx512::output_energy};
 }  // namespace obc
 
 #if defined(__clang__)

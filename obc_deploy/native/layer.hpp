@@ -76,6 +76,15 @@ struct GridSearch {
     int8_t* zero_point; // (rows,)
 };
 
+// One symmetric matrix a group.
+struct Hessians {
+    const double* matrices;  // (groups, cols, cols)
+    int64_t groups;
+    int64_t cols;
+    int64_t threads;
+    Control* control;
+};
+
 // One instruction set's solvers, in one precision.
 struct RowSolvers {
     Outcome (*prune_columns)(const Layer&, const GroupZeros&, int32_t* order, void* increase);
@@ -94,6 +103,9 @@ struct InstructionSet {
     RowSolvers float32;
     RowSolvers float64;
     Outcome (*find_grid)(const GridSearch&, int64_t threads, Control*);
+    Outcome (*invert_hessians)(const Hessians&, double* inverse, double* pivots);
+    Outcome (*output_energy)(const Hessians&, const double* rows, int64_t rows_of_group,
+                             double* energy);
 };
 
 extern const InstructionSet kPortable;

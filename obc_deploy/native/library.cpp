@@ -113,6 +113,15 @@ int64_t obc_find_grid(const GridSearch* search, int64_t threads, Control* contro
     return outcome_of([&] { return now().find_grid(*search, threads, control); });
 }
 
+int64_t obc_invert_hessians(const Hessians* given, double* inverse, double* pivots) {
+    return outcome_of([&] { return now().invert_hessians(*given, inverse, pivots); });
+}
+
+int64_t obc_output_energy(const Hessians* given, const double* rows, int64_t rows_of_group,
+                          double* energy) {
+    return outcome_of([&] { return now().output_energy(*given, rows, rows_of_group, energy); });
+}
+
 double obc_update_rate(int64_t bits, int64_t size, int64_t depth, int64_t repeats) {
     return solvers(bits).update_rate(size, depth, repeats);
 }

@@ -11,5 +11,5 @@ namespace portable {
 }  // namespace portable
 
 constexpr InstructionSet kPortable = {"portable", portable::solvers<float>(), portable::solvers<double>(),
-                               portable::find_grid};
+                               portable::find_grid, portable::invert_hessians, portable::output_energy};
 }  // namespace obc

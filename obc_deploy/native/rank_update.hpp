@@ -1,7 +1,8 @@
-// C <- S - V^T V on the lower triangle, V of a few dozen rows: where nearly all the time goes.
+// V^T V on the lower triangle, tile by tile, V of a few dozen rows; and C <- S - V^T V, where nearly
+// all the time goes.
 //
-// The panel of V that a strip of columns needs stays in the second-level cache, a tile of C in
-// registers. Tiles that the diagonal crosses write above it too: nobody reads there.
+// The panel of V that a strip of columns needs stays in the second-level cache, a tile in registers
+// until the caller's `ending` has met it. Tiles that the diagonal crosses reach above it.
 
 constexpr int kTileRows = OBC_TILE_ROWS;
 constexpr int kTileVectors = OBC_TILE_VECTORS;
@@ -17,14 +18,14 @@ inline int64_t panel_columns(int64_t depth) {
 }
 
 template <class T>
-class RankUpdate {
+class VectorProducts {
   public:
-    RankUpdate(int64_t size, int64_t depth)
+    VectorProducts(int64_t size, int64_t depth)
         : left_((size + kTileRows) * depth), right_(panel_columns<T>(depth) * depth) {}
 
-    // V is (depth, size) with rows `vector_length` apart; C and S have rows of their own lengths.
-    void apply(T* c, int64_t c_length, const T* s, int64_t s_length, const T* v,
-               int64_t vector_length, int64_t depth, int64_t size) {
+    // V is (depth, size) with rows `vector_length` apart.
+    template <class Ending>
+    void tiles(const T* v, int64_t vector_length, int64_t depth, int64_t size, Ending& ending) {
         pack_left(v, vector_length, depth, size);
         const int64_t width = panel_columns<T>(depth);
         for (int64_t start = 0; start < size; start += width) {
@@ -35,10 +36,8 @@ class RankUpdate {
                 const T* left = left_ + row * depth;
                 for (int64_t col = start; col < last; col += kTileColumns<T>) {
                     const T* right = right_ + (col - start) * depth;
-                    T* to = c + row * c_length + col;
-                    const T* from = s + row * s_length + col;
-                    pick<kTileVectors>(int((last - col + kLanes<T> - 1) / kLanes<T>), to, c_length,
-                                       from, s_length, left, right, depth, rows);
+                    pick<kTileVectors>(int((last - col + kLanes<T> - 1) / kLanes<T>), row, col, left,
+                                       right, depth, rows, ending);
                 }
             }
         }
@@ -71,34 +70,25 @@ class RankUpdate {
     }
 
     // The tile that is no wider than it must be: on the diagonal less is wanted.
-    template <int vectors>
-    static OBC_INLINE void pick(int wanted, T* c, int64_t c_length, const T* s, int64_t s_length,
-                                const T* left, const T* right, int64_t depth, int rows) {
+    template <int vectors, class Ending>
+    static OBC_INLINE void pick(int wanted, int64_t row, int64_t col, const T* left, const T* right,
+                                int64_t depth, int rows, Ending& ending) {
         if constexpr (vectors > 1) {
             if (wanted < vectors) {
-                return pick<vectors - 1>(wanted, c, c_length, s, s_length, left, right, depth,
-                                         rows);
+                return pick<vectors - 1>(wanted, row, col, left, right, depth, rows, ending);
             }
         }
         if (rows == kTileRows) {
-            tile<true, vectors>(c, c_length, s, s_length, left, right, depth, rows);
+            tile<true, vectors>(row, col, left, right, depth, rows, ending);
         } else {
-            tile<false, vectors>(c, c_length, s, s_length, left, right, depth, rows);
+            tile<false, vectors>(row, col, left, right, depth, rows, ending);
         }
     }
 
-    template <bool whole, int vectors>
-    static OBC_INLINE void tile(T* c, int64_t c_length, const T* s, int64_t s_length, const T* left,
-                                const T* right, int64_t depth, int rows) {
-        // What the strip's next rows read is on its way while these are computed.
-        const T* next = s + kTileRows * s_length;
-#pragma GCC unroll 16
-        for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 16
-            for (int j = 0; j < vectors; ++j) {
-                __builtin_prefetch(next + i * s_length + j * kLanes<T>, 1);
-            }
-        }
+    template <bool whole, int vectors, class Ending>
+    static OBC_INLINE void tile(int64_t row, int64_t col, const T* left, const T* right,
+                                int64_t depth, int rows, Ending& ending) {
+        ending.template expect<vectors>(row, col);
         Vector<T> sum[kTileRows][vectors] = {};
         for (int64_t k = 0; k < depth; ++k) {
             Vector<T> b[vectors];
@@ -112,17 +102,62 @@ class RankUpdate {
             left += kTileRows;
             right += kTileColumns<T>;
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < kTileRows; ++i) {
-            if (whole || i < rows) {
-#pragma GCC unroll 16
-                for (int j = 0; j < vectors; ++j) {
-                    const int64_t at = j * kLanes<T>;
-                    store(c + i * c_length + at, load(s + i * s_length + at) - sum[i][j]);
-                }
-            }
-        }
+        ending.template meet<whole, vectors>(row, col, rows, sum);
     }
 
     Buffer<T> left_, right_;
+};
+
+// C <- S - V^T V; above the diagonal, where nobody reads, the tiles that it crosses write too.
+template <class T>
+class RankUpdate {
+  public:
+    RankUpdate(int64_t size, int64_t depth) : products_(size, depth) {}
+
+    // V is (depth, size) with rows `vector_length` apart; C and S have rows of their own lengths.
+    void apply(T* c, int64_t c_length, const T* s, int64_t s_length, const T* v,
+               int64_t vector_length, int64_t depth, int64_t size) {
+        Subtracted ending{c, c_length, s, s_length};
+        products_.tiles(v, vector_length, depth, size, ending);
+    }
+
+  private:
+    struct Subtracted {
+        T* c;
+        int64_t c_length;
+        const T* s;
+        int64_t s_length;
+
+        // What the strip's next rows read is on its way while these are computed.
+        template <int vectors>
+        OBC_INLINE void expect(int64_t row, int64_t col) const {
+            const T* next = s + (row + kTileRows) * s_length + col;
+#pragma GCC unroll 16
+            for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 16
+                for (int j = 0; j < vectors; ++j) {
+                    __builtin_prefetch(next + i * s_length + j * kLanes<T>, 1);
+                }
+            }
+        }
+
+        template <bool whole, int vectors>
+        OBC_INLINE void meet(int64_t row, int64_t col, int rows,
+                             const Vector<T> (&sum)[kTileRows][vectors]) const {
+            T* to = c + row * c_length + col;
+            const T* from = s + row * s_length + col;
+#pragma GCC unroll 16
+            for (int i = 0; i < kTileRows; ++i) {
+                if (whole || i < rows) {
+#pragma GCC unroll 16
+                    for (int j = 0; j < vectors; ++j) {
+                        const int64_t at = j * kLanes<T>;
+                        store(to + i * c_length + at, load(from + i * s_length + at) - sum[i][j]);
+                    }
+                }
+            }
+        }
+    };
+
+    VectorProducts<T> products_;
 };

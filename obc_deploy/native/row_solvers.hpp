@@ -12,6 +12,8 @@
 #include "quantize.hpp"
 #include "best_weights.hpp"
 #include "find_grid.hpp"
+#include "invert_hessians.hpp"
+#include "output_energy.hpp"
 
 template <class T>
 Outcome prune_columns(const Layer& layer, const GroupZeros& zeros, int32_t* order, void* increase) {
@@ -84,6 +86,24 @@ Outcome best_weights(const Layer& layer, const int32_t* order, const int64_t* co
 inline Outcome find_grid(const GridSearch& search, int64_t threads, Control* control) {
     return over_rows(search.rows, threads, control,
                      [&] { return std::make_unique<FindGrid>(search); });
+}
+
+inline Outcome invert_hessians(const Hessians& given, double* inverse, double* pivots) {
+    return over_rows(given.groups, given.threads, given.control, [&] {
+        return std::make_unique<InvertHessians>(given.matrices, given.cols, inverse, pivots);
+    });
+}
+
+inline Outcome output_energy(const Hessians& given, const double* rows, int64_t rows_of_group,
+                             double* energy) {
+    std::vector<double> of_part(size_t(given.groups * OutputEnergy::parts_of(rows_of_group)));
+    const Outcome outcome = over_rows(int64_t(of_part.size()), given.threads, given.control, [&] {
+        return std::make_unique<OutputEnergy>(rows, given.matrices, rows_of_group, given.cols,
+                                              of_part.data());
+    });
+    *energy = 0.0;
+    for (double each : of_part) *energy += each;
+    return outcome;
 }
 
 // Floating-point operations a second of the rank update alone.

@@ -13,10 +13,12 @@ class SweptInverse {
     }
 
     // The inverse of the (count, count) submatrix of a symmetric positive definite matrix; its
-    // lower triangle goes to `to`, whose rows are `to_length` apart.
+    // lower triangle goes to `to`, whose rows are `to_length` apart. `pivots` gets the squares of its
+    // Cholesky factor's diagonal. False once the caller wants to stop.
     template <class T>
-    void invert(const double* full, int64_t full_length, const int32_t* chosen, int64_t count,
-                T* to, int64_t to_length) {
+    bool invert(const double* full, int64_t full_length, const int32_t* chosen, int64_t count,
+                T* to, int64_t to_length, double* pivots = nullptr,
+                const Progress* progress = nullptr) {
         for (int64_t i = 0; i < count; ++i) {
             const double* from = full + chosen[i] * full_length;
             double* row = matrix_ + i * length_;
@@ -24,12 +26,14 @@ class SweptInverse {
             for (int64_t j = i + 1; j < length_; ++j) row[j] = 0.0;
         }
         for (int64_t start = 0; start < count; start += kBlock) {
-            sweep(start, count - start < kBlock ? count - start : kBlock, count);
+            sweep(start, count - start < kBlock ? count - start : kBlock, count, pivots);
+            if (progress && progress->stopped()) return false;
         }
         for (int64_t i = 0; i < count; ++i) {
             const double* row = matrix_ + i * length_;
             for (int64_t j = 0; j <= i; ++j) to[i * to_length + j] = T(-row[j]);
         }
+        return true;
     }
 
   private:
@@ -37,7 +41,7 @@ class SweptInverse {
 
     double* panel(int64_t k) { return panel_ + k * length_; }
 
-    void sweep(int64_t start, int64_t width, int64_t count) {
+    void sweep(int64_t start, int64_t width, int64_t count, double* pivots) {
         const int64_t end = start + width;
         for (int64_t k = 0; k < width; ++k) {
             const double* row = matrix_ + (start + k) * length_;
@@ -58,6 +62,7 @@ class SweptInverse {
             half[k][k] = 1.0;
         }
         for (int64_t k = 0; k < width; ++k) {
+            if (pivots) pivots[start + k] = upper[k][k];
             const double pivot = upper[k][k] > kTiny ? upper[k][k] : kTiny;
             const double root = 1.0 / std::sqrt(pivot);
             for (int64_t j = 0; j < kBlock; ++j) upper[k][j] *= root;

@@ -154,25 +154,25 @@ def solve_levels(
     chosen = _method(method)
     settings = settings or SolverSettings(dtype=precision(dtype))
     wanted = [as_scheme(scheme) for scheme in schemes]
-    checked = check_problem(
-        problem, needs_hessian=chosen in _NEED_HESSIAN, device=torch_device(device)
-    )
-    rows, cols = checked.weight.shape
-    for scheme in wanted:
-        check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
     report = progress or _silent
     run = _solve_exactly if chosen == "exact_obs" else _solve_baseline
-    home = problem.weight.device
-    with within_memory(checked), _threads_for(checked, settings) as theirs:
-        solved = run(checked, wanted, theirs, report)
-        report(1.0)
-        return [_result(checked, each, chosen, home) for each in solved]
+    home, there = problem.weight.device, torch_device(device)
+    with threads_for(problem, there, settings) as theirs:
+        checked = check_problem(problem, needs_hessian=chosen in _NEED_HESSIAN, device=there)
+        rows, cols = checked.weight.shape
+        for scheme in wanted:
+            check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
+        with within_memory(checked):
+            solved = run(checked, wanted, theirs, report)
+            report(1.0)
+            return [_result(checked, each, chosen, home) for each in solved]
 
 
-def _threads_for(
-    problem: CheckedProblem, settings: SolverSettings
+def threads_for(
+    problem: LayerProblem, device: torch.device, settings: SolverSettings
 ) -> AbstractContextManager[SolverSettings]:
-    if native_rows.is_native(settings, problem.weight.device):
+    """Who gets the cores while a layer is solved; nobody has looked at its shapes yet."""
+    if native_rows.is_native(settings, device) and problem.weight.ndim == 2:
         return torch_beside_rows(settings, problem.weight.shape[1])
     return nullcontext(settings)
 
@@ -213,18 +213,18 @@ def _solve_exactly(
     progress: Progress,
 ) -> list[_Solved]:
     """ExactOBS, then OBQ on what survives, each pattern and each grid once."""
-    problem = damp(checked)
+    compiled = native_rows.is_native(settings, checked.weight.device)
+    problem = damp(checked, compiled=compiled)
     dense = torch.ones_like(checked.weight, dtype=torch.bool)
     pruned: dict[Pattern | None, PrunedRows] = {None: PrunedRows(dense, checked.weight)}
     quantized: dict[tuple[Pattern | None, Quantization], QuantizedRows] = {}
     grids = _grids_of_patterns(schemes)
     patterns = [pattern for pattern in grids if pattern is not None]
-    native = native_rows.is_native(settings, checked.weight.device)
-    native = native and native_rows.leaves_precise_inverses(problem, settings)
+    leaves = compiled and native_rows.leaves_precise_inverses(problem, settings)
     handed = {
         each: grids.pop(each)
         for each in patterns
-        if native and isinstance(each, NM) and grids[each]
+        if leaves and isinstance(each, NM) and grids[each]
     }
     others = [pattern for pattern in patterns if pattern not in handed]
     jobs = len(handed) + bool(others) + sum(map(len, grids.values()))

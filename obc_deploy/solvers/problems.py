@@ -15,6 +15,7 @@ import torch
 
 from obc_deploy.errors import ProblemError, SchemeError
 from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Scheme
+from obc_deploy.solvers import native_hessians
 
 if TYPE_CHECKING:
     from obc_deploy.solvers.contract import LayerProblem
@@ -166,15 +167,16 @@ def _checked_hessian(hessian: torch.Tensor, weight: torch.Tensor, name: str) -> 
             f"layer '{name}': {full.shape[0]} Hessian groups do not divide its {rows} rows; give "
             "one Hessian for each group of the convolution"
         )
-    if not bool(torch.isfinite(full).all()):
+    low, high = (float(end) for end in torch.aminmax(full))
+    if not (math.isfinite(low) and math.isfinite(high)):
         group, i, j = (int(k) for k in (~torch.isfinite(full)).nonzero()[0])
         raise ProblemError(
             f"layer '{name}': hessian[{i}, {j}] of group {group} is {float(full[group, i, j])}; "
             "remove samples that are not finite from the calibration data"
         )
-    largest = float(full.abs().max())
-    skew = float((full - full.mT).abs().max())
-    if skew > _SYMMETRY_TOLERANCE * largest:
+    turned = full.mT.contiguous()
+    skew = float((full - turned).abs_().max())
+    if skew > _SYMMETRY_TOLERANCE * max(-low, high):
         raise ProblemError(
             f"layer '{name}': hessian is not symmetric (entries differ by {skew:.3g}); it must be "
             "2/n · sum of x xᵀ"
@@ -187,11 +189,15 @@ def _checked_hessian(hessian: torch.Tensor, weight: torch.Tensor, name: str) -> 
             f"{float(diagonal[group, i]):.3g}; a sum of squares cannot be negative: recompute it "
             "as 2/n · sum of x xᵀ"
         )
-    return 0.5 * (full + full.mT)
+    return turned.add_(full).mul_(0.5)
 
 
-def damp(problem: CheckedProblem) -> DampedProblem:
-    """H + damping · mean(diag H) · I with its inverse, by one Cholesky factorization per group.
+def damp(problem: CheckedProblem, *, compiled: bool = True) -> DampedProblem:
+    """H + damping · mean(diag H) · I with its inverse, by one factorization per group.
+
+    Args:
+        problem: the layer.
+        compiled: whether compiled code may do it, where there is any.
 
     Raises:
         ProblemError: the damped Hessian is singular; the message names the smallest damping, among
@@ -204,11 +210,9 @@ def damp(problem: CheckedProblem) -> DampedProblem:
     dead = hessian.diagonal(dim1=1, dim2=2) == 0
     group_of_row = torch.arange(groups, device=hessian.device).repeat_interleave(rows // groups)
     damped = _damped(hessian, dead, problem.damping)
-    factor = _factor(damped)
-    if factor is None:
+    inverse = _inverse(damped, compiled=compiled)
+    if inverse is None:
         raise ProblemError(_singular_message(problem, hessian, dead))
-    # Symmetric, and laid out by columns: its transpose is the same matrix by rows, without a copy.
-    inverse = torch.cholesky_inverse(factor).mT.contiguous()
     weight = problem.weight.masked_fill(dead[group_of_row], 0.0)
     return DampedProblem(weight, damped, inverse, group_of_row)
 
@@ -223,18 +227,32 @@ def _damped(hessian: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.
     return damped
 
 
-def _factor(damped: torch.Tensor, *, least_pivot: float = 0.0) -> torch.Tensor | None:
-    """The Cholesky factors, or None where a pivot is no more than rounding, or `least_pivot`.
+def _inverse(damped: torch.Tensor, *, compiled: bool) -> torch.Tensor | None:
+    """The inverses, or None where a pivot is no more than rounding."""
+    if compiled and native_hessians.is_native(damped.device):
+        inverse, pivots = native_hessians.inverses(damped)
+        return inverse if _is_regular(pivots, damped) else None
+    factor = _factor(damped)
+    # Symmetric, and laid out by columns: its transpose is the same matrix by rows, without a copy.
+    return None if factor is None else torch.cholesky_inverse(factor).mT.contiguous()
 
-    Pivots count as shares of H's own diagonal: what of an input the inputs before it do not tell.
-    """
+
+def _factor(damped: torch.Tensor, *, least_pivot: float = 0.0) -> torch.Tensor | None:
+    """The Cholesky factors, or None where a pivot is no more than rounding, or `least_pivot`."""
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed.any()):
         return None
     pivots = factor.diagonal(dim1=1, dim2=2).square()
+    return factor if _is_regular(pivots, damped, least_pivot=least_pivot) else None
+
+
+def _is_regular(pivots: torch.Tensor, damped: torch.Tensor, *, least_pivot: float = 0.0) -> bool:
+    """Whether all pivots, (groups, cols), are more than rounding, and than `least_pivot`.
+
+    They count as shares of H's own diagonal: what of an input the inputs before it do not tell.
+    """
     least = max(10 * damped.shape[-1] * torch.finfo(damped.dtype).eps, least_pivot)
-    singular = pivots <= least * damped.diagonal(dim1=1, dim2=2)
-    return None if bool(singular.any()) else factor
+    return bool((pivots > least * damped.diagonal(dim1=1, dim2=2)).all())
 
 
 def _singular_message(problem: CheckedProblem, hessian: torch.Tensor, dead: torch.Tensor) -> str:
@@ -264,5 +282,7 @@ def relative_error(problem: CheckedProblem, compressed: torch.Tensor) -> float:
 def _output_energy(weight: torch.Tensor, hessian: torch.Tensor | None) -> float:
     if hessian is None:
         return float(weight.square().sum())
+    if native_hessians.is_native(hessian.device):
+        return native_hessians.output_energy(weight, hessian)
     grouped = weight.reshape(hessian.shape[0], -1, weight.shape[1])
     return float(((grouped @ hessian) * grouped).sum())

@@ -12,7 +12,12 @@ import torch
 from obc_deploy.errors import SchemeError
 from obc_deploy.schemes import Quantization, Scheme
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem, Progress
-from obc_deploy.solvers.dispatch import needs_hessian, torch_device, within_memory
+from obc_deploy.solvers.dispatch import (
+    needs_hessian,
+    threads_for,
+    torch_device,
+    within_memory,
+)
 from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
 from obc_deploy.solvers.problems import (
@@ -84,28 +89,30 @@ def quantize_pruned(
         SchemeError: as in `solve`, or the scheme has no quantization.
     """
     exact = needs_hessian(method)
-    checked = check_problem(problem, needs_hessian=exact, device=torch_device(device))
-    rows, cols = checked.weight.shape
-    check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
-    quantization = scheme.quantization
-    if quantization is None:
-        raise SchemeError(f"layer '{checked.name}': scheme '{scheme}' has no quantization")
-    settings = SolverSettings(dtype=precision(dtype))
-    report = progress or (lambda _: None)
-    mask = pruned.mask.to(checked.weight.device)
-    weight = pruned.weight.to(checked.weight).masked_fill(~mask, 0.0)
-    # Of the pruned rows: survivors have grown to stand in for what is gone.
-    grid = (shared_grid if shared_step else find_grid)(weight, quantization, shrink=exact)
-    rounded = rtn_codes(weight, mask, grid)
-    with within_memory(checked):
-        if not exact or (scheme.pattern is not None and _suffices(checked, weight, grid, rounded)):
-            codes = rounded
-        elif scheme.pattern is None:
-            codes = obq_codes(damp(checked), grid, settings, report)
+    there, report = torch_device(device), progress or (lambda _: None)
+    with threads_for(problem, there, SolverSettings(dtype=precision(dtype))) as settings:
+        checked = check_problem(problem, needs_hessian=exact, device=there)
+        rows, cols = checked.weight.shape
+        check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
+        quantization = scheme.quantization
+        if quantization is None:
+            raise SchemeError(f"layer '{checked.name}': scheme '{scheme}' has no quantization")
+        mask = pruned.mask.to(checked.weight.device)
+        weight = pruned.weight.to(checked.weight).masked_fill(~mask, 0.0)
+        # Of the pruned rows: survivors have grown to stand in for what is gone.
+        if shared_step:
+            grid = shared_grid(weight, quantization, shrink=exact)
         else:
-            codes = obq_codes_of_survivors(damp(checked), weight, mask, grid, settings, report)
-    report(1.0)
-    dequantized = grid.dequantize(codes)
+            grid = find_grid(weight, quantization, shrink=exact, threads=settings.threads)
+        codes = rtn_codes(weight, mask, grid)
+        with within_memory(checked):
+            if exact and scheme.pattern is None:
+                codes = obq_codes(damp(checked), grid, settings, report)
+            elif exact and not _suffices(checked, weight, grid, codes):
+                codes = obq_codes_of_survivors(damp(checked), weight, mask, grid, settings, report)
+        report(1.0)
+        dequantized = grid.dequantize(codes)
+        error = relative_error(checked, dequantized)
     home = problem.weight.device
     return CompressedLayer(
         scheme=scheme,
@@ -114,6 +121,6 @@ def quantize_pruned(
         codes=codes.to(home),
         scale=grid.scale.to(home),
         zero_point=grid.zero_point.to(home),
-        error=relative_error(checked, dequantized),
+        error=error,
         method=pruned.method,
     )
