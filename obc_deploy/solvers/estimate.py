@@ -63,7 +63,7 @@ class Work:
         visits: weights looked at, summed over all steps.
         solves: floating-point operations of double-precision solves.
         inverses: floating-point operations of double-precision inverses and error sums.
-        factors: the same of the layer's own Hessian, which one thread's library call inverts.
+        factors: the same of the layer's own Hessian, which one thread inverts.
         searched: weights whose grid is searched for.
         calls: schemes.
     """
@@ -96,8 +96,9 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
         return Work(share * rows * size**3 / 3, share * rows * size**2 / 2)
 
     schemes = len(shape.schemes)
-    total = Work(factors=cols**3, inverses=2 * rows * cols**2 * schemes, calls=schemes)
     native = native_rows.is_native(settings, torch.device("cpu"))
+    of_error = rows * cols**2 * (1 if native else 2)
+    total = Work(factors=cols**3, inverses=of_error * schemes, calls=schemes)
     patterns = list(dict.fromkeys(s.pattern for s in shape.schemes if s.pattern is not None))
     kinds = dict.fromkeys(pattern_kind(pattern) for pattern in patterns)
     for kind in () if shape.pruned else kinds:
@@ -158,17 +159,17 @@ class SolverRates:
     searches: float
     call: float
 
-    def seconds(self, work: Work) -> float:
-        """One thread's time."""
-        return (
+    def seconds(self, work: Work, threads: int = 1) -> float:
+        """The time that so many threads take; the layer's own Hessian is one thread's work."""
+        of_rows = (
             work.updates / self.updates
             + work.visits / self.visits
             + work.solves / (_DOUBLE_SHARE * self.doubles)
             + work.inverses / (_INVERSE_SHARE * self.doubles)
-            + work.factors / self.factors
             + work.searched / self.searches
             + work.calls * self.call
         )
+        return of_rows / threads + work.factors / self.factors
 
 
 def measure_rates(cols: int, settings: SolverSettings) -> SolverRates:
@@ -241,8 +242,8 @@ def estimate_seconds(shapes: Iterable[LayerShape], settings: SolverSettings | No
         near = _near(shape.cols)
         if near not in rates:
             rates[near] = measure_rates(near, settings)
-        seconds = rates[near].seconds(layer_work(shape, settings))
-        total += seconds / settings.workers(shape.rows, shape.cols)
+        threads = settings.workers(shape.rows, shape.cols)
+        total += rates[near].seconds(layer_work(shape, settings), threads)
     return total
 
 
