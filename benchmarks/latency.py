@@ -20,6 +20,7 @@ are timed too (`mixed_networks`): what they take beyond the sum is what changes 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from obc_deploy import exporters
 from obc_deploy.artifacts import Artifact
 from obc_deploy.benchmarks.interleaving import Candidate, measure_interleaved
 from obc_deploy.benchmarks.mixed_networks import cost_of_a_change, mixed_networks
@@ -50,6 +52,7 @@ from obc_deploy.latency import (
     write_table,
 )
 from obc_deploy.manifest import command_line, now
+from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Audit, audit
 from obc_deploy.runtimes.fingerprint import take_fingerprint
 from obc_deploy.runtimes.registry import check_measured, require_target
@@ -152,7 +155,7 @@ def latency_table(
     info = require_target(target)
     cached = table_file(
         calibrated.layers, machine, target=target.name, runtime_version=info.version or "",
-        threads=settings.threads, batch_size=settings.batch_size,
+        threads=settings.threads, batch_size=settings.batch_size, exporter=exporter_of(target),
     )  # fmt: skip
     known = _known(cached)
     if known is not None and all(
@@ -164,6 +167,21 @@ def latency_table(
     table = measure_table(calibrated, target, levels, settings, progress=progress)
     write_table(cached, table)
     return table
+
+
+def exporter_of(target: Target) -> str:
+    """What writes a target's files, and runs them where that is ours: its checksum.
+
+    A table says what files of one exporter take; with another one layers may get other operators.
+    """
+    folder = Path(exporters.__file__).parent
+    files = sorted(folder.glob("*.py"))
+    if target.sparse_operators and sparse.is_available():
+        files.append(sparse.library_path())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _known(file: Path) -> LatencyTable | None:

@@ -228,8 +228,9 @@ def table_file(
     runtime_version: str,
     threads: int | None,
     batch_size: int,
+    exporter: str,
 ) -> Path:
-    """Where the table of this network, machine, target and runtime is kept."""
+    """Where the table of this network, machine, target, runtime and exporter is kept."""
     what = [
         network_key(layers),
         {field: machine.get(field) for field in MACHINE_FIELDS},
@@ -237,6 +238,7 @@ def table_file(
         runtime_version,
         threads,
         batch_size,
+        exporter,
     ]
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
     return cache_folder() / "latency" / f"{target}-{name}.json"

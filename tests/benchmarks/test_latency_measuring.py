@@ -102,6 +102,18 @@ def test_the_second_time_it_comes_from_the_cache(table, here, calibrated, levels
     assert said == []
 
 
+def test_tables_are_told_apart_by_what_writes_and_runs_the_files(tmp_path: Path, monkeypatch):
+    plain, ours = (latency.exporter_of(target) for target in (ONNXRUNTIME_QOPERATOR, ORT_SPARSE))
+    assert plain == latency.exporter_of(ONNXRUNTIME_QOPERATOR)
+    assert (plain != ours) == sparse.is_available()
+    library = tmp_path / "another.so"
+    library.write_bytes(b"kernels of another build")
+    monkeypatch.setattr(sparse, "is_available", lambda: True)
+    monkeypatch.setattr(sparse, "library_path", lambda: library)
+    assert latency.exporter_of(ORT_SPARSE) not in (plain, ours)
+    assert latency.exporter_of(ONNXRUNTIME_QOPERATOR) == plain
+
+
 def test_a_named_table_must_be_of_this_target_network_and_levels(
     table, calibrated, levels, tmp_path: Path
 ) -> None:

@@ -96,14 +96,15 @@ def test_the_cache_tells_machines_and_threads_apart(
     monkeypatch.setenv("OBC_DEPLOY_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
 
-    def name(machine=MACHINE, threads=1):
+    def name(machine=MACHINE, threads=1, exporter="a"):
         return table_file(
             layers, machine, target="onnxruntime", runtime_version="1", threads=threads,
-            batch_size=1,
+            batch_size=1, exporter=exporter,
         )  # fmt: skip
 
     assert name() == name(dict(MACHINE, load_average=[9.0]))
-    assert len({name(), name(threads=2), name({**MACHINE, "cpu": "Difference Engine"})}) == 3
+    others = name(threads=2), name(exporter="b"), name({**MACHINE, "cpu": "Difference Engine"})
+    assert len({name(), *others}) == 4
     monkeypatch.delenv("OBC_DEPLOY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "obc-deploy"
