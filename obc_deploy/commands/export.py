@@ -266,7 +266,9 @@ def with_processor(goal: Target, processor: Processor | None) -> Target:
 def _smaller(found: int, dense: int) -> str:
     from obc_deploy.benchmarks.table import size
 
-    return f"{dense / found:.2f}x smaller than with every int8 weight stored ({size(dense)})"
+    ratio = f"{dense / found:.2f}"
+    than = f"with every int8 weight stored ({size(dense)})"
+    return f"{ratio}x smaller than {than}" if float(ratio) > 1.0 else f"no smaller than {than}"
 
 
 def _rewrite(
@@ -289,9 +291,10 @@ def _rewrite(
         say(f"rewriting for {goal.name}", 0.0)
         made = rewrite_onnx(source, file, goal, check=check)
     skipping = sum(zeros > 0.0 for _, zeros in made.layers)
+    without = f", {skipping} of them without their zeros" if skipping else ""
     out.line(
         f"{made.path}: {size(made.size_bytes)}, {len(made.layers)} of {made.integer_layers} "
-        f"layers on our kernels, {skipping} of them without their zeros"
+        f"layers on our kernels{without}"
     )
     out.line(_smaller(made.size_bytes, made.dense_size_bytes))
     if made.relative_error is None:

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from obc_deploy.artifacts import manifest_path
 from obc_deploy.cli import app
+from obc_deploy.commands.export import _smaller
 from obc_deploy.compiled_library import missing
 from obc_deploy.compression import compress
 from obc_deploy.errors import ExportError, RuntimeFailedError, RuntimeMissingError
@@ -623,6 +624,26 @@ def quantized_by_onnx_runtime(tmp_path, activations):
         per_channel=True,
     )  # fmt: skip
     return tmp_path / "q.onnx"
+
+
+def test_a_dense_file_from_elsewhere_is_not_said_to_be_sparse(compressed, tmp_path, everywhere):
+    given = compressed(Residual).export(tmp_path, target=QOPERATOR, check=False)
+    made = tmp_path / "made.onnx"
+    answer = CliRunner().invoke(
+        app, ["export", str(given.path), "-t", SPARSE, "-o", str(made), "--no-timing"]
+    )
+    assert answer.exit_code == 0, answer.output
+    said = " ".join(answer.output.split())
+    assert " of 4 layers on our kernels" in said
+    assert "without their zeros" not in said
+    assert operators(made)["SparseConvolution"] == 3
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(500, "2.00x smaller than"), (1000, "no smaller"), (1003, "no smaller")]
+)
+def test_how_much_smaller_a_file_is(found, said):
+    assert _smaller(found, 1000).startswith(said)
 
 
 @pytest.mark.filterwarnings("ignore")
