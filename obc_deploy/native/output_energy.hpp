@@ -43,14 +43,7 @@ class OutputEnergy final : public RowSolver {
 
         template <int vectors>
         OBC_INLINE void expect(int64_t row, int64_t col) const {
-            const double* next = hessian + (row + kTileRows) * cols + col;
-#pragma GCC unroll 16
-            for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 16
-                for (int j = 0; j < vectors; ++j) {
-                    __builtin_prefetch(next + i * cols + j * kLanes<double>);
-                }
-            }
+            fetch_tile<vectors, false>(hessian + (row + kTileRows) * cols + col, cols);
         }
 
         template <bool whole, int vectors>

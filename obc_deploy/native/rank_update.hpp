@@ -17,6 +17,18 @@ inline int64_t panel_columns(int64_t depth) {
     return (fits ? fits : 1) * kTileColumns<T>;
 }
 
+// Asks for what a tile meets, to be written to or only read.
+template <int vectors, bool written, class T>
+OBC_INLINE void fetch_tile(const T* from, int64_t length) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 16
+        for (int j = 0; j < vectors; ++j) {
+            __builtin_prefetch(from + i * length + j * kLanes<T>, written);
+        }
+    }
+}
+
 template <class T>
 class VectorProducts {
   public:
@@ -131,14 +143,7 @@ class RankUpdate {
         // What the strip's next rows read is on its way while these are computed.
         template <int vectors>
         OBC_INLINE void expect(int64_t row, int64_t col) const {
-            const T* next = s + (row + kTileRows) * s_length + col;
-#pragma GCC unroll 16
-            for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 16
-                for (int j = 0; j < vectors; ++j) {
-                    __builtin_prefetch(next + i * s_length + j * kLanes<T>, 1);
-                }
-            }
+            fetch_tile<vectors, true>(s + (row + kTileRows) * s_length + col, s_length);
         }
 
         template <bool whole, int vectors>

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -38,17 +37,6 @@ DAMPING = 0.01
 CPU = torch.device("cpu")
 FLOAT64 = SolverSettings(torch.float64)
 TORCH64 = SolverSettings(torch.float64, native=False)
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def instruction_set(request):
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(native.use_instruction_set(request.param))
-        except ValueError:
-            pytest.skip(f"this processor or this build lacks {request.param}")
-        assert native.instruction_set() == request.param
-        yield request.param
 
 
 @functools.cache

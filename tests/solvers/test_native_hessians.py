@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -22,16 +21,6 @@ pytestmark = pytest.mark.skipif(
     not native.is_available(), reason=f"the compiled solvers are missing: {native.why_missing()}"
 )
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def instruction_set(request):
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(native.use_instruction_set(request.param))
-        except ValueError:
-            pytest.skip(f"this processor or this build lacks {request.param}")
-        yield request.param
 
 
 def hessians(seed, groups, cols, samples):
