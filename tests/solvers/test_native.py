@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import INSTRUCTION_SETS, using
 from test_exact import make_problem, problems
 
 from obc_deploy import native
@@ -37,6 +38,12 @@ DAMPING = 0.01
 CPU = torch.device("cpu")
 FLOAT64 = SolverSettings(torch.float64)
 TORCH64 = SolverSettings(torch.float64, native=False)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    with using(request.param):
+        yield request.param
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import INSTRUCTION_SETS, using
 
 from obc_deploy import native
 from obc_deploy.errors import ProblemError
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.skipif(
     not native.is_available(), reason=f"the compiled solvers are missing: {native.why_missing()}"
 )
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    with using(request.param):
+        yield request.param
 
 
 def hessians(seed, groups, cols, samples):
