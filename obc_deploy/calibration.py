@@ -23,6 +23,8 @@ from obc_deploy.layers import Layer, input_vectors
 HESSIAN_MEMORY = 4 * 2**30
 """Bytes of Hessians held at a time, unless told otherwise."""
 _WAITING_BYTES = 16 * 2**20
+_MOST_SUMMED = 4096
+"""Vectors of one product: what its dtype adds up with hardly a digit lost."""
 _MANY_VECTORS = 256
 """Vectors from which a product of its own precision is as good as the sum's."""
 
@@ -76,7 +78,10 @@ class VectorProducts:
         others = joined if same else self._joined([left for left, _ in self._waiting])
         self._waiting.clear()
         self._waiting_bytes = 0
-        self._sum += others.transpose(1, 2) @ joined
+        # Float32 sums of hundreds of thousands of vectors, which narrow layers have, lose digits.
+        for start in range(0, joined.shape[1], _MOST_SUMMED):
+            part = slice(start, start + _MOST_SUMMED)
+            self._sum += others[:, part].transpose(1, 2) @ joined[:, part]
 
     def _joined(self, vectors: Sequence[Tensor]) -> Tensor:
         rows = [each.transpose(1, 2) for each in vectors]

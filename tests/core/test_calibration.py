@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,20 @@ def test_precisions_agree():
         torch.testing.assert_close(
             statistics.hessian.double(), double[name].hessian, rtol=1e-4, atol=1e-5
         )
+
+
+def test_float32_keeps_its_digits_over_many_vectors_of_a_narrow_layer():
+    # Positive inputs: a running float32 sum of them all is off by more than what damping adds.
+    generator = torch.Generator().manual_seed(0)
+    vectors = (torch.rand(1, 400_000, 9, generator=generator) + 1.0).transpose(1, 2)
+    layer = next(one for one in captured(Plain)[2] if one.groups == 1)
+    products = calibration.VectorProducts(
+        replace(layer, cols=9), torch.float64, torch.device("cpu")
+    )
+    products.add(vectors, vectors)
+    found, exact = products.total(), vectors.double() @ vectors.double().mT
+    assert float(((found - exact) / exact).abs().max()) < 5e-6
+    assert float((found - found.mT).abs().max() / exact.max()) < 5e-6
 
 
 def test_groups_have_a_hessian_each():
