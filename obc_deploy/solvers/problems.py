@@ -174,7 +174,7 @@ def _checked_hessian(hessian: torch.Tensor, weight: torch.Tensor, name: str) -> 
             f"layer '{name}': hessian[{i}, {j}] of group {group} is {float(full[group, i, j])}; "
             "remove samples that are not finite from the calibration data"
         )
-    turned = full.mT.contiguous()
+    turned = full.mT.clone(memory_format=torch.contiguous_format)  # never the caller's own
     skew = float((full - turned).abs_().max())
     if skew > _SYMMETRY_TOLERANCE * max(-low, high):
         raise ProblemError(

@@ -8,7 +8,8 @@ import torch
 
 from obc_deploy.errors import ProblemError, SchemeError
 from obc_deploy.schemes import Scheme
-from obc_deploy.solvers import SolverSettings, check_scheme, needs_hessian, solve
+from obc_deploy.solvers import LayerProblem, SolverSettings, check_scheme, needs_hessian, solve
+from obc_deploy.solvers.problems import check_problem
 
 
 def good(rows=4, cols=12):
@@ -132,3 +133,17 @@ def test_update_vectors_come_in_whole_blocks(lazy):
 def test_rows_need_a_thread(threads):
     with pytest.raises(ProblemError, match=f"threads={threads} "):
         SolverSettings(threads=threads)
+
+
+@pytest.mark.parametrize("cols", [1, 12])
+def test_a_hessian_laid_out_by_columns_is_taken_and_left_alone(cols):
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((cols, 40)))
+    hessian = (x @ x.T).T
+    before = hessian.clone()
+    weight = torch.ones(3, cols)
+    checked = check_problem(
+        LayerProblem(weight, hessian), needs_hessian=True, device=torch.device("cpu")
+    )
+    assert checked.hessian.data_ptr() != hessian.data_ptr()
+    torch.testing.assert_close(hessian, before, rtol=0, atol=0)
+    torch.testing.assert_close(checked.hessian[0], before)
