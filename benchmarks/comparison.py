@@ -240,7 +240,8 @@ def _exported(
 def _artifact(model: CompressedModel, file: Path, target: Target, batch_size: int) -> Artifact:
     """The artifact that is there already if it is of this very model for this machine, or new."""
     from obc_deploy.exporters.operator_costs import processor_of
-    from obc_deploy.exporters.sparse_onnxruntime import sparse_version_of
+    from obc_deploy.runtimes.onnx_graph import read_onnx_graph
+    from obc_deploy.runtimes.registry import find_runtime
 
     if file.is_file():
         try:
@@ -251,7 +252,7 @@ def _artifact(model: CompressedModel, file: Path, target: Target, batch_size: in
             known is not None
             and known.manifest.compression == model.manifest
             and known.manifest.processor == processor_of(target)
-            and known.manifest.sparse_version == sparse_version_of(target)
+            and not find_runtime(target.runtime).refusals(read_onnx_graph(file))
         ):
             return known
     return model.export(file, target=target, batch_size=batch_size)

@@ -53,7 +53,6 @@ def export(
     from obc_deploy.exporters import parity as comparison
     from obc_deploy.exporters.onnx_file import build_onnx
     from obc_deploy.exporters.operator_costs import processor_of
-    from obc_deploy.exporters.sparse_onnxruntime import sparse_version_of
 
     if batch_size < 1:
         raise ExportError(f"batch size {batch_size}: give 1 or more")
@@ -126,7 +125,6 @@ def export(
         ],
         precision=target.precision.value,
         processor=processor_of(target),
-        sparse_version=sparse_version_of(target),
         compression=model.manifest,
     )
     write_json(manifest_path(file), manifest)

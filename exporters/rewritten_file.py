@@ -200,8 +200,7 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     from obc_deploy.exporters.edit import drop_dead
     from obc_deploy.exporters.parity import QUANTIZED_TOLERANCE, relative_error
     from obc_deploy.exporters.qoperator import to_qoperators
-    from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS
-    from obc_deploy.exporters.sparse_float import float_zeros
+    from obc_deploy.exporters.sparse_float import LEAST_ZEROS, float_zeros
     from obc_deploy.exporters.sparse_onnxruntime import to_sparse_operators, zero_blocks
     from obc_deploy.runtimes.onnxruntime_cpu import libraries
     from obc_deploy.runtimes.sparse import DOMAIN

@@ -13,9 +13,6 @@ import numpy.typing as npt
 
 BLOCK = 4
 """Input channels of a block."""
-LEAST_ZEROS = 0.25
-"""Fraction of zero blocks (float layers: weights) from which a layer counts as sparse: dense ones
-have a few by chance."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ from obc_deploy.exporters.edit import (
     only_user,
     replace_node,
 )
-from obc_deploy.exporters.sparse_blocks import LEAST_ZEROS
 from obc_deploy.exporters.sparse_cost import FEW_ROWS, Work, nanoseconds
 from obc_deploy.runtimes.sparse import DOMAIN, DOMAIN_VERSION
+
+LEAST_ZEROS = 0.25
+"""Fraction of zero weights from which a layer counts as sparse: dense ones have a few by chance."""
 
 Array = npt.NDArray[Any]
 

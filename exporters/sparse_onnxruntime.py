@@ -19,8 +19,7 @@ from obc_deploy.exporters.operator_costs import costs_of
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.exporters.sparse_float import float_zeros, to_sparse_floats
 from obc_deploy.exporters.sparse_linear import to_sparse_linears
-from obc_deploy.runtimes.sparse import DOMAIN_VERSION
-from obc_deploy.targets import Processor, Target
+from obc_deploy.targets import Processor
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,6 @@ class SparseGraph:
     conversions: int = 0
     zeros: float = 0.0
     views: tuple[onnx.NodeProto, ...] = ()
-
-
-def sparse_version_of(target: Target) -> int | None:
-    """Version of our operators in files for a target; None where it has none of them."""
-    return DOMAIN_VERSION if target.sparse_operators else None
 
 
 def zero_blocks(model: ir.Model) -> dict[str, float]:
@@ -76,8 +70,7 @@ def to_sparse_operators(model: ir.Model, processor: Processor | None = None) -> 
 
 
 def _to_sparse_operators(model: ir.Model) -> SparseGraph:
-    zeros = max(zero_blocks(model).values(), default=0.0)
-    most = max(zeros, *float_zeros(model).values(), 0.0)
+    most = max((*zero_blocks(model).values(), *float_zeros(model).values()), default=0.0)
     floats = to_sparse_floats(model)
     drop_requantizations(model)
     pads_onto_codes(model)

@@ -164,8 +164,6 @@ class ArtifactManifest(_Part):
     """What computes where nothing is quantized."""
     processor: Processor | None = None
     """Whose costs decided between kernels; None where there was no choice."""
-    sparse_version: int | None = None
-    """Version of our sparse operators that it was written for; None where they are not used."""
     dynamic_batch: bool
     batch_size: int | None
     layers: list[ArtifactLayer]
