@@ -107,8 +107,7 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
             total += run(cols, 1.0 - (1.0 - levels[0]) ** 3)
             continue
         total += run(cols, _NM_SHARE if isinstance(kind, NM) else 1.0)
-        share = factored_share(levels) if native else sum(min(s, 1 - s) ** 3 for s in levels)
-        total += Work(solves=rows * share * cols**3 / 3)
+        total += Work(solves=rows * factored_share(levels) * cols**3 / 3)
     quantized: set[tuple[Pattern | None, Quantization]] = set()
     for scheme in shape.schemes:
         if scheme.quantization is None:

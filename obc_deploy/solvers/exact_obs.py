@@ -5,9 +5,8 @@
 Blocks B of four: loss increase w_Bᵀ (G_BB)⁻¹ w_B. Unstructured and block patterns trace every row
 to its end; the k smallest increases of the whole layer say how long a prefix of its own trace each
 row takes. N:M picks the cheapest index among groups that still have zeros to give (OBC, arXiv
-2208.11580, section 4). Only orders are kept: the weights of any level follow from its mask, by one
-solve for each row. Of many levels at once compiled rows solve all that prune less than half by one
-factorization, and all others by a second; on a GPU one more run in the known order serves them all.
+2208.11580, section 4). Only orders are kept: the weights of any level follow from its mask
+(`best_weights`).
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ import torch
 
 from obc_deploy.schemes import BLOCK_SIZE, NM, Block4, Pattern
 from obc_deploy.solvers import native_rows, triton_steps
+from obc_deploy.solvers.best_weights import best_weight, best_weights
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.inverse import DowndatedInverse
 from obc_deploy.solvers.problems import DampedProblem
 from obc_deploy.solvers.prune_blocks import prune_blocks
 from obc_deploy.solvers.prune_columns import prune_columns
-from obc_deploy.solvers.replay import replay
 from obc_deploy.solvers.settings import SolverSettings, part_of
-from obc_deploy.solvers.survivors import best_weight
 
 _DOUBLE = 2.0
 """How much longer an operation takes in double precision than in single."""
@@ -114,9 +112,9 @@ def exact_obs(
         else:
             run = trace_blocks if isinstance(of_kind[0], Block4) else trace_weights
             levels = [pattern.sparsity for pattern in of_kind if not isinstance(pattern, NM)]
-            weigh, tracing = _way_to_weigh(levels, settings, problem.weight.device)
+            tracing = 1.0 / (1.0 + _DOUBLE * factored_share(levels))
             trace = run(problem, settings, part_of(share, 0.0, tracing))
-            pruned = weigh(problem, trace, levels, settings, part_of(share, tracing, 1.0))
+            pruned = _weigh(problem, trace, levels, settings, part_of(share, tracing, 1.0))
             found.update(zip(of_kind, pruned, strict=True))
     progress(1.0)
     return [found[pattern] for pattern in patterns]
@@ -132,29 +130,6 @@ def pattern_kind(pattern: Pattern) -> object:
     return pattern if isinstance(pattern, NM) else type(pattern)
 
 
-_Weigher = Callable[
-    [DampedProblem, Trace, Sequence[float], SolverSettings, Progress], list[PrunedRows]
-]
-
-
-def _way_to_weigh(
-    levels: Sequence[float], settings: SolverSettings, device: torch.device
-) -> tuple[_Weigher, float]:
-    """How levels of a trace get their weights, and the trace's share of all the work."""
-    if native_rows.is_native(settings, device):
-        factored = _DOUBLE * factored_share(levels)
-        return partial(_at_once, native_rows.best_weights), 1.0 / (1.0 + factored)
-    if worth_replaying(levels, device):
-        return partial(_at_once, replay), 0.5
-    return _one_by_one, 1.0
-
-
-def worth_replaying(levels: Sequence[float], device: torch.device) -> bool:
-    """Whether one more run on a GPU is less work than a solve for each level."""
-    solves = sum(min(level, 1.0 - level) ** 3 for level in levels)
-    return device.type != "cpu" and _DOUBLE * solves > 1.0
-
-
 def factored_share(levels: Sequence[float]) -> float:
     """Work of two factorizations that serve all levels between them, in cols³ / 3 a row."""
     early = max((level for level in levels if level < 0.5), default=0.0)
@@ -162,30 +137,17 @@ def factored_share(levels: Sequence[float]) -> float:
     return float(early**3 + (1.0 - late) ** 3)
 
 
-def _one_by_one(
+def _weigh(
     problem: DampedProblem,
     trace: Trace,
     levels: Sequence[float],
     settings: SolverSettings,
     progress: Progress,
 ) -> list[PrunedRows]:
-    masks = [trace.mask(trace.counts(level)) for level in levels]
-    return [PrunedRows(mask, best_weight(problem, mask, settings)) for mask in masks]
-
-
-def _at_once(
-    weigh: Callable[
-        [DampedProblem, torch.Tensor, torch.Tensor, SolverSettings, Progress], torch.Tensor
-    ],
-    problem: DampedProblem,
-    trace: Trace,
-    levels: Sequence[float],
-    settings: SolverSettings,
-    progress: Progress,
-) -> list[PrunedRows]:
+    """Masks and weights of levels of a trace, in the order asked for."""
     ascending = sorted(levels)
     counts = torch.stack([trace.counts(level) for level in ascending], 1)
-    weights = weigh(problem, trace.columns, counts * trace.width, settings, progress)
+    weights = best_weights(problem, trace.columns, counts * trace.width, settings, progress)
     pruned = {
         level: PrunedRows(trace.mask(count), weight)
         for level, count, weight in zip(ascending, counts.unbind(1), weights, strict=True)

@@ -18,10 +18,10 @@ import torch
 from obc_deploy.solvers import native_rows, triton_steps
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.grids import Grid
-from obc_deploy.solvers.inverse import DowndatedInverse
+from obc_deploy.solvers.inverse import DowndatedInverse, true_places
 from obc_deploy.solvers.problems import DampedProblem
+from obc_deploy.solvers.selections import Selection, selections
 from obc_deploy.solvers.settings import SolverSettings, ieee_products, part_of, until_it_fits
-from obc_deploy.solvers.survivors import Selection, selections
 
 
 def obq_codes(
@@ -73,7 +73,8 @@ def obq_codes_of_survivors(
     codes = zero_point.to(torch.int8)
     done = 0
     # A quarter of the memory: the restricted matrix, its factor and its inverse in float64.
-    batches = selections(mask, settings.on(weight.device).memory // 4)
+    memory = settings.on(weight.device).memory // 4
+    batches = selections(true_places(mask), mask.sum(1), memory)
 
     def solve(survivors: Selection) -> None:
         nonlocal done

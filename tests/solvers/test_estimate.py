@@ -60,11 +60,12 @@ def test_survivors_have_inverses_and_runs_of_their_own():
     assert left.updates == pytest.approx(both.updates - pruned.updates)
 
 
-@pytest.mark.skipif(not native.is_available(), reason="the compiled solvers are not built here")
-def test_compiled_rows_factor_two_halves_for_all_levels():
+@pytest.mark.parametrize("rows_are_native", [None, False])
+def test_two_factorizations_serve_all_levels(rows_are_native):
     texts = [f"unstructured@0.{hundredth}" for hundredth in range(20, 81, 5)]
     schemes = tuple(as_scheme(text) for text in texts)
-    factored = layer_work(LayerShape(ROWS, COLS, schemes), SolverSettings())
+    settings = SolverSettings(native=rows_are_native)
+    factored = layer_work(LayerShape(ROWS, COLS, schemes), settings)
     assert factored.solves == pytest.approx(TRACE * (0.45**3 + 0.5**3))
     assert factored.updates == pytest.approx(TRACE)
 

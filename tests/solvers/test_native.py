@@ -23,12 +23,12 @@ from obc_deploy import native
 from obc_deploy.errors import ProblemError
 from obc_deploy.schemes import NM, Block4, Quantization, Scheme
 from obc_deploy.solvers import LayerProblem, SolverSettings, native_rows, solve_levels
+from obc_deploy.solvers.best_weights import best_weight
 from obc_deploy.solvers.exact_obs import trace_blocks, trace_weights
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
 from obc_deploy.solvers.problems import check_problem, damp
 from obc_deploy.solvers.settings import torch_threads
-from obc_deploy.solvers.survivors import best_weight
 
 pytestmark = pytest.mark.skipif(
     not native.is_available(), reason=f"the compiled solvers are missing: {native.why_missing()}"
