@@ -238,10 +238,12 @@ def _exported(
 
 
 def _artifact(model: CompressedModel, file: Path, target: Target, batch_size: int) -> Artifact:
-    """The artifact that is there already if it is of this very model for this machine, or new."""
+    """The artifact that is there already if it is of this very model for this machine, or new.
+
+    One that another version of the exporter wrote is not what this one is to be judged by.
+    """
+    from obc_deploy.exporters.exporter_checksum import exporter_checksum
     from obc_deploy.exporters.operator_costs import processor_of
-    from obc_deploy.runtimes.onnx_graph import read_onnx_graph
-    from obc_deploy.runtimes.registry import find_runtime
 
     if file.is_file():
         try:
@@ -252,7 +254,7 @@ def _artifact(model: CompressedModel, file: Path, target: Target, batch_size: in
             known is not None
             and known.manifest.compression == model.manifest
             and known.manifest.processor == processor_of(target)
-            and not find_runtime(target.runtime).refusals(read_onnx_graph(file))
+            and known.manifest.exporter == exporter_checksum(target)
         ):
             return known
     return model.export(file, target=target, batch_size=batch_size)

@@ -20,7 +20,6 @@ are timed too (`mixed_networks`): what they take beyond the sum is what changes 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from obc_deploy import exporters
 from obc_deploy.artifacts import Artifact
 from obc_deploy.benchmarks.interleaving import Candidate, measure_interleaved
 from obc_deploy.benchmarks.mixed_networks import cost_of_a_change, mixed_networks
@@ -43,6 +41,7 @@ from obc_deploy.calibrated import CalibratedModel, silent
 from obc_deploy.compression import CompressedModel, compress
 from obc_deploy.costs import layer_cost
 from obc_deploy.errors import LatencyError
+from obc_deploy.exporters.exporter_checksum import exporter_checksum
 from obc_deploy.latency import (
     LatencyTable,
     TimedNetwork,
@@ -52,7 +51,6 @@ from obc_deploy.latency import (
     write_table,
 )
 from obc_deploy.manifest import command_line, now
-from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Audit, audit
 from obc_deploy.runtimes.fingerprint import take_fingerprint
 from obc_deploy.runtimes.registry import check_measured, require_target
@@ -143,11 +141,14 @@ def latency_table(
     machine = take_fingerprint().as_dict()
     if file is not None:
         table = read_table(file)
-        table.check(calibrated.layers, machine, allow_foreign=allow_foreign)
         if table.target != target.name:
             raise LatencyError(
                 f"latency table '{file}' is of target {table.target}, not {target.name}; measure it"
             )
+        table.check(
+            calibrated.layers, machine, exporter=exporter_checksum(target),
+            allow_foreign=allow_foreign,
+        )  # fmt: skip
         for name, schemes in levels.items():
             for scheme in schemes:
                 table.ms(name, scheme)
@@ -155,7 +156,8 @@ def latency_table(
     info = require_target(target)
     cached = table_file(
         calibrated.layers, machine, target=target.name, runtime_version=info.version or "",
-        threads=settings.threads, batch_size=settings.batch_size, exporter=exporter_of(target),
+        threads=settings.threads, batch_size=settings.batch_size,
+        exporter=exporter_checksum(target),
     )  # fmt: skip
     known = _known(cached)
     if known is not None and all(
@@ -167,21 +169,6 @@ def latency_table(
     table = measure_table(calibrated, target, levels, settings, progress=progress)
     write_table(cached, table)
     return table
-
-
-def exporter_of(target: Target) -> str:
-    """What writes a target's files, and runs them where that is ours: its checksum.
-
-    A table says what files of one exporter take; with another one layers may get other operators.
-    """
-    folder = Path(exporters.__file__).parent
-    files = sorted(folder.glob("*.py"))
-    if target.sparse_operators and sparse.is_available():
-        files.append(sparse.library_path())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _known(file: Path) -> LatencyTable | None:
@@ -230,6 +217,7 @@ def measure_table(
         target=target.name,
         runtime=target.runtime,
         runtime_version=info.version or "",
+        exporter=exporter_checksum(target),
         threads=settings.threads or take_fingerprint().physical_cores,
         batch_size=settings.batch_size,
         machine=take_fingerprint().as_dict(),

@@ -51,6 +51,7 @@ def export(
     import torch
 
     from obc_deploy.exporters import parity as comparison
+    from obc_deploy.exporters.exporter_checksum import exporter_checksum
     from obc_deploy.exporters.onnx_file import build_onnx
     from obc_deploy.exporters.operator_costs import processor_of
 
@@ -125,6 +126,7 @@ def export(
         ],
         precision=target.precision.value,
         processor=processor_of(target),
+        exporter=exporter_checksum(target),
         compression=model.manifest,
     )
     write_json(manifest_path(file), manifest)

@@ -63,6 +63,7 @@ class LatencyTable(BaseModel):
         target: what the network was exported for.
         runtime: what ran it.
         runtime_version: its version.
+        exporter: checksum of what wrote the networks that were timed, and of our own kernels.
         threads: threads it computed with.
         batch_size: samples in one inference.
         machine: fingerprint of the machine.
@@ -83,6 +84,7 @@ class LatencyTable(BaseModel):
     target: str
     runtime: str
     runtime_version: str
+    exporter: str = ""
     threads: int
     batch_size: int
     machine: dict[str, Any]
@@ -139,12 +141,24 @@ class LatencyTable(BaseModel):
         return self.dense_ms / self.predict(schemes)
 
     def check(
-        self, layers: Sequence[Layer], machine: Mapping[str, Any], *, allow_foreign: bool = False
+        self,
+        layers: Sequence[Layer],
+        machine: Mapping[str, Any],
+        *,
+        exporter: str,
+        allow_foreign: bool = False,
     ) -> None:
         """Make sure that the table says something of this network on this machine.
 
+        Args:
+            layers: the network's.
+            machine: fingerprint of this machine.
+            exporter: checksum of what writes the target's files here.
+            allow_foreign: take times of another machine, or of files of another exporter.
+
         Raises:
-            LatencyError: it is of other layers, or of another machine and that is not allowed.
+            LatencyError: it is of other layers, or of another machine or another exporter and that
+                is not allowed.
         """
         if self.network != network_key(layers):
             raise LatencyError(
@@ -160,6 +174,13 @@ class LatencyTable(BaseModel):
                 f"the latency table was measured on another machine ({field} "
                 f"{self.machine.get(field)}, here {machine.get(field)}); measure here, or take it "
                 "all the same with --allow-foreign-latency"
+            )
+        if self.exporter != exporter and not allow_foreign:
+            raise LatencyError(
+                "the latency table was measured with another version of what writes and runs "
+                f"{self.target} files (checksum {self.exporter[:12] or 'unknown'}, here "
+                f"{exporter[:12]}); measure again, or take it all the same with "
+                "--allow-foreign-latency"
             )
 
 

@@ -164,6 +164,8 @@ class ArtifactManifest(_Part):
     """What computes where nothing is quantized."""
     processor: Processor | None = None
     """Whose costs decided between kernels; None where there was no choice."""
+    exporter: str = ""
+    """Checksum of what wrote it, and of our own kernels where it has them."""
     dynamic_batch: bool
     batch_size: int | None
     layers: list[ArtifactLayer]

@@ -359,7 +359,7 @@ ForeignLatency: TypeAlias = Annotated[
     bool,
     typer.Option(
         "--allow-foreign-latency",
-        help="Take --latency-table from another machine too.",
+        help="Take --latency-table from another machine, or another version, too.",
         rich_help_panel=_BUDGET,
     ),
 ]

@@ -25,6 +25,7 @@ from obc_deploy.benchmarks.pruned_copies import pruned_copy
 from obc_deploy.calibrated import calibrate
 from obc_deploy.compression import compress
 from obc_deploy.errors import LatencyError
+from obc_deploy.exporters.exporter_checksum import exporter_checksum
 from obc_deploy.latency import read_table
 from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Audit, AuditedLayer
@@ -103,15 +104,15 @@ def test_the_second_time_it_comes_from_the_cache(table, here, calibrated, levels
 
 
 def test_tables_are_told_apart_by_what_writes_and_runs_the_files(tmp_path: Path, monkeypatch):
-    plain, ours = (latency.exporter_of(target) for target in (ONNXRUNTIME_QOPERATOR, ORT_SPARSE))
-    assert plain == latency.exporter_of(ONNXRUNTIME_QOPERATOR)
+    plain, ours = (exporter_checksum(target) for target in (ONNXRUNTIME_QOPERATOR, ORT_SPARSE))
+    assert plain == exporter_checksum(ONNXRUNTIME_QOPERATOR)
     assert (plain != ours) == sparse.is_available()
     library = tmp_path / "another.so"
     library.write_bytes(b"kernels of another build")
     monkeypatch.setattr(sparse, "is_available", lambda: True)
     monkeypatch.setattr(sparse, "library_path", lambda: library)
-    assert latency.exporter_of(ORT_SPARSE) not in (plain, ours)
-    assert latency.exporter_of(ONNXRUNTIME_QOPERATOR) == plain
+    assert exporter_checksum(ORT_SPARSE) not in (plain, ours)
+    assert exporter_checksum(ONNXRUNTIME_QOPERATOR) == plain
 
 
 def test_a_named_table_must_be_of_this_target_network_and_levels(

@@ -19,6 +19,7 @@ from obc_deploy.latency import (
     write_table,
 )
 
+EXPORTER = "f" * 64
 MACHINE = {"cpu": "Abacus", "cpu_features": ["avx2"], "physical_cores": 2, "usable_cores": 2}
 
 
@@ -30,8 +31,9 @@ def layers():
 @pytest.fixture
 def table(layers):
     return LatencyTable(
-        target="onnxruntime", runtime="onnxruntime", runtime_version="1", threads=1, batch_size=1,
-        machine=MACHINE, network=network_key(layers), fixed_ms=0.5, dense_ms=8.0,
+        target="onnxruntime", runtime="onnxruntime", runtime_version="1", exporter=EXPORTER,
+        threads=1, batch_size=1, machine=MACHINE, network=network_key(layers), fixed_ms=0.5,
+        dense_ms=8.0,
         layers={
             "conv1": {"w8a8": 1.0, "2:4+w8a8": 0.5},
             "conv2": {"w8a8": 2.0, "2:4+w8a8": 1.0},
@@ -61,14 +63,24 @@ def test_what_was_not_measured_is_not_guessed(table) -> None:
 
 
 def test_a_table_is_for_its_machine_and_its_network(table, layers) -> None:
-    table.check(layers, MACHINE)
+    table.check(layers, MACHINE, exporter=EXPORTER)
     other = {**MACHINE, "cpu": "Difference Engine"}
     with pytest.raises(LatencyError, match=r"Difference Engine.*--allow-foreign-latency"):
-        table.check(layers, other)
-    table.check(layers, other, allow_foreign=True)
+        table.check(layers, other, exporter=EXPORTER)
+    table.check(layers, other, exporter=EXPORTER, allow_foreign=True)
     strangers = calibrate(build(Residual), samples(Residual)).layers
     with pytest.raises(LatencyError, match="other layers"):
-        table.check(strangers, MACHINE, allow_foreign=True)
+        table.check(strangers, MACHINE, exporter=EXPORTER, allow_foreign=True)
+
+
+@pytest.mark.parametrize(
+    ("written_by", "named"), [("0123456789abcdef", "0123456789ab"), ("", "unknown")]
+)
+def test_a_table_is_of_one_exporters_files(table, layers, written_by, named) -> None:
+    older = table.model_copy(update={"exporter": written_by})
+    with pytest.raises(LatencyError, match=rf"version.*checksum {named}, here {EXPORTER[:12]}\)"):
+        older.check(layers, MACHINE, exporter=EXPORTER)
+    older.check(layers, MACHINE, exporter=EXPORTER, allow_foreign=True)
 
 
 def test_the_network_is_known_by_shapes_not_weights(layers) -> None:
