@@ -73,8 +73,8 @@ def load_artifact(path: Path | str) -> Artifact:
     except FileNotFoundError as error:
         raise ArtifactError(
             f"'{path}' has no manifest '{beside.name}' beside it; name a file that 'obc-deploy "
-            "export RUN' made, beside its manifest (one from elsewhere is timed by 'obc-deploy "
-            "export FILE --target ort-sparse')"
+            "export RUN' made, beside its manifest (those from elsewhere are timed by 'obc-deploy "
+            "bench FILE FILE')"
         ) from error
     except (OSError, ValueError) as error:
         raise ArtifactError(

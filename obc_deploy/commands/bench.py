@@ -209,7 +209,8 @@ def bench(
         typer.Argument(
             metavar="RUN...",
             show_default=False,
-            help="Run directories, or exported .onnx files with their manifests.",
+            help="Run directories, or exported .onnx files with their manifests; or .onnx files "
+            "from anywhere, which are timed beside the first of them.",
         ),
     ],
     runtime: o.RuntimeNames = None,
@@ -259,7 +260,11 @@ def bench(
     report: o.ReportFile = None,
     json: o.JsonFile = None,
 ) -> None:
-    """Measure run directories beside their dense fp32 and int8 baselines, in turns."""
+    """Measure run directories beside their dense fp32 and int8 baselines, in turns.
+
+    Of .onnx files from elsewhere, without manifests, the speed is measured alone, beside the first.
+    """
+    from obc_deploy.commands.bench_files import are_plain, bench_files
     from obc_deploy.commands.compress import look_here
 
     look_here()
@@ -270,6 +275,15 @@ def bench(
         runtime, threads, batch_size, rounds, samples, processes, time_budget, seed
     )
     require_runtimes(runtime)
+    if are_plain(runs):
+        if data is not None or report is not None:
+            option = "--data" if data is not None else "--report"
+            raise MeasurementError(
+                f"{option} needs what an exported file's manifest says: leave it out, or measure "
+                "files that 'obc-deploy export RUN' made, beside their manifests"
+            )
+        bench_files(out, runs, plan)
+        return
     _check_subjects(runs)
     labelled = None
     if data is not None:

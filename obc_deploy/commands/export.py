@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,12 +21,11 @@ from obc_deploy.commands.engine import (
 )
 from obc_deploy.commands.output import Output, Stage
 from obc_deploy.commands.two_of_four import two_of_four
-from obc_deploy.errors import ArtifactError, ExportError, MeasurementError, RuntimeFailedError
+from obc_deploy.errors import ArtifactError, ExportError, RuntimeFailedError
 from obc_deploy.targets import TARGETS, EightBit, Processor, Target, as_target
 
 if TYPE_CHECKING:
     from obc_deploy.artifacts import Artifact
-    from obc_deploy.benchmarks.file_speedup import FileSpeedup
     from obc_deploy.exporters.rewritten_file import RewrittenFile
     from obc_deploy.runtimes.audit import AcceleratedLayers, Audit
 
@@ -312,40 +311,51 @@ def _rewrite(
             "layers": dict(made.layers),
             "integer_layers": made.integer_layers,
             "relative_error": made.relative_error,
-            "timing": None if timing is None else asdict(timing),
+            "timing": timing,
         }
     )
 
 
 def _time_beside(
     out: Output, source: Path, made: RewrittenFile, goal: Target, threads: int | None
-) -> FileSpeedup | None:
-    """Whether the new file is faster here; None where one of the two could not be timed."""
-    from obc_deploy.benchmarks.file_speedup import file_speedup
+) -> dict[str, Any] | None:
+    """Say whether the new file is faster here; None where one of the two could not be timed."""
     from obc_deploy.benchmarks.table import milliseconds, span, times
+    from obc_deploy.benchmarks.timed_files import FileInRuntime, time_files
 
-    try:
-        with out.working() as say:
-            found = file_speedup(
-                source, made.path, made.sample, runtime=goal.runtime, threads=threads,
-                progress=lambda share: say("timing both files in turns", share),
-            )  # fmt: skip
-    except MeasurementError as error:
-        out.warn(str(error))
+    with out.working() as say:
+        before, after = time_files(
+            [FileInRuntime(path, goal.runtime) for path in (source, made.path)],
+            inputs=made.sample, threads=threads,
+            progress=lambda share: say("timing both files in turns", share),
+        )  # fmt: skip
+    if before.latency_ms is None or after.latency_ms is None or after.speedup is None:
+        failed = after if before.error is None else before
+        out.warn(f"'{failed.path}' could not be timed: {failed.error}")
         return None
+    on = "1 thread" if after.threads == 1 else f"{after.threads} threads"
     out.line(
-        f"{times(found.speedup)} as fast as the original here ({span(found.interval)}): "
-        f"{milliseconds(found.after_ms)} ms, not {milliseconds(found.before_ms)} ms, at batch "
-        f"{found.batch_size} on {found.threads} thread{'s' if found.threads > 1 else ''}"
+        f"{times(after.speedup)} as fast as the original here ({span(after.interval)}): "
+        f"{milliseconds(after.latency_ms.p50)} ms, not {milliseconds(before.latency_ms.p50)} ms, "
+        f"at batch {after.batch_size} on {on}"
     )
-    if found.noisy:
+    noisy = before.noisy or after.noisy
+    if noisy:
         out.warn("timings are noisy: stop other work on this machine and export again")
-    if found.speedup < 1.0:
+    if after.speedup < 1.0:
         out.warn(
             "it is no faster here: keep the original, or name the processor that it ships to "
             "(--processor)"
         )
-    return found
+    return {
+        "before_ms": before.latency_ms.p50,
+        "after_ms": after.latency_ms.p50,
+        "speedup": after.speedup,
+        "interval": after.interval,
+        "threads": after.threads,
+        "batch_size": after.batch_size,
+        "noisy": noisy,
+    }
 
 
 def _notes(model: Any, goal: Target, notes: list[str]) -> list[str]:
