@@ -42,13 +42,24 @@ def solved_rows(problem, mask):
     return torch.from_numpy(expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("levels", [LEVELS, LEVELS[3:8], [0.5], [0.0], [1.0]])
 @pytest.mark.parametrize("memory", [1 << 29, 1, 1 << 14])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_levels_of_any_order_are_the_best_for_their_masks(shape, levels, memory, dtype, device):
+def test_levels_of_any_order_are_the_best_for_their_masks(shape, levels, memory, dtype):
     """Memory of one byte is one row at a time."""
+    check_levels(shape, levels, torch_settings(dtype, memory), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_levels_are_the_best_on_cuda(shape):
+    check_levels(shape, LEVELS, torch_settings(), "cuda")
+
+
+def check_levels(shape, levels, settings, device):
+    """Levels of a random order, each against a solve of its own."""
     problem = problem_of(shape, device)
     rows, cols = problem.weight.shape
     made = torch.Generator().manual_seed(4)
@@ -57,18 +68,17 @@ def test_levels_of_any_order_are_the_best_for_their_masks(shape, levels, memory,
     pace = torch.linspace(0.5, 2.0, rows)[:, None]
     counts = (torch.tensor(levels) ** pace * cols).round().long()
     shares = [0.0]
-    found = best_weights(
-        problem, order.to(device), counts.to(device), torch_settings(dtype, memory), shares.append
-    )
+    found = best_weights(problem, order.to(device), counts.to(device), settings, shares.append)
     assert shares == sorted(shares)
     assert shares[-1] <= 1.0
-    assert found.dtype == dtype
+    assert found.dtype == settings.dtype
     rank = order.argsort(1)
     for weight, count in zip(found.cpu(), counts.unbind(1), strict=True):
         mask = rank >= count[:, None]
         assert torch.all(weight[~mask] == 0)
-        tolerance = {"rtol": 1e-8, "atol": 1e-11} if dtype == torch.float64 else {}
-        torch.testing.assert_close(weight, solved_rows(problem, mask).to(dtype), **tolerance)
+        tolerance = {"rtol": 1e-8, "atol": 1e-11} if settings.dtype == torch.float64 else {}
+        expected = solved_rows(problem, mask).to(settings.dtype)
+        torch.testing.assert_close(weight, expected, **tolerance)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
