@@ -51,7 +51,8 @@ def best_weights(
     groups = problem.hessian.shape[0]
     early = 2 * counts < cols
     # A row of which nothing survives, or nothing is pruned, has no system to solve.
-    found = torch.where(early.T[:, :, None], weight, 0.0).to(settings.dtype)
+    found = weight.to(settings.dtype).repeat(counts.shape[1], 1, 1)
+    found.masked_fill_(~early.T[:, :, None], 0.0)
 
     def put(chosen: Selection, levels: torch.Tensor, weights: torch.Tensor) -> None:
         """Write (batch, levels, cols) weights where `levels` (rows, levels) is true."""
