@@ -19,7 +19,7 @@ from pathlib import Path
 from obc_deploy.benchmarks.comparison import benchmark
 from obc_deploy.benchmarks.curve import curve_of, curve_table, plot_curve
 from obc_deploy.benchmarks.curve_networks import curve_networks, predicted_speedups
-from obc_deploy.benchmarks.record import RESULTS, take_record
+from obc_deploy.benchmarks.record import RESULTS, say_stages, take_record
 from obc_deploy.benchmarks.reference_networks import load_network, load_samples, needed_shared_data
 from obc_deploy.benchmarks.table import percent
 from obc_deploy.calibrated import calibrate
@@ -53,14 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     record = take_record("budgets")
-    last = ""
-
-    def say(what: str, share: float) -> None:
-        nonlocal last
-        if what != last:
-            print(what, file=sys.stderr, flush=True)
-            last = what
-
+    say = say_stages()
     try:
         budgets = [",".join(map(str, as_budgets(text))) for text in options.budget]
         shared = needed_shared_data()

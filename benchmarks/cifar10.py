@@ -18,7 +18,7 @@ from typing import Any
 
 from obc_deploy.benchmarks.comparison import benchmark
 from obc_deploy.benchmarks.measurement import Measurement
-from obc_deploy.benchmarks.record import RESULTS, take_record
+from obc_deploy.benchmarks.record import RESULTS, say_stages, take_record
 from obc_deploy.benchmarks.reference_networks import load_network, load_samples, needed_shared_data
 from obc_deploy.benchmarks.statistics import wilson_interval
 from obc_deploy.benchmarks.table import markdown_table
@@ -79,13 +79,7 @@ def evaluate(
     """Compress one network by each scheme, then measure all of them side by side."""
     shared = needed_shared_data()
     test = load_samples(network, "test", shared)
-    last = ""
-
-    def say(what: str, share: float) -> None:
-        nonlocal last
-        if what != last:
-            print(what, file=sys.stderr, flush=True)
-            last = what
+    say = say_stages()
 
     @cache
     def calibrated() -> CalibratedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,19 @@ from obc_deploy.manifest import now, versions, write_json
 from obc_deploy.runtimes.fingerprint import Fingerprint, take_fingerprint
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def say_stages() -> Callable[[str, float], None]:
+    """A progress that names each stage on stderr when it begins."""
+    last = ""
+
+    def say(what: str, share: float) -> None:
+        nonlocal last
+        if what != last:
+            print(what, file=sys.stderr, flush=True)
+            last = what
+
+    return say
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from obc_deploy.benchmarks.comparison import benchmark
 from obc_deploy.benchmarks.measurement import Measurement
-from obc_deploy.benchmarks.record import RESULTS, take_record
+from obc_deploy.benchmarks.record import RESULTS, say_stages, take_record
 from obc_deploy.benchmarks.statistics import speedup
 from obc_deploy.benchmarks.table import markdown_table, times
 from obc_deploy.errors import ObcDeployError
@@ -58,14 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     record = take_record("sparse_network")
-    last = ""
-
-    def say(what: str, share: float) -> None:
-        nonlocal last
-        if what != last:
-            print(what, file=sys.stderr, flush=True)
-            last = what
-
+    say = say_stages()
     import torch
     import torchvision
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from obc_deploy.benchmarks.record import RESULTS, take_record
+from obc_deploy.benchmarks.record import RESULTS, say_stages, take_record
 
 HEADER = ["command", "created", "machine", "versions"]
 
@@ -28,3 +28,10 @@ def test_a_record_is_written_as_the_committed_ones_are(arguments, monkeypatch, t
     text = (tmp_path / "solver.md").read_text()
     assert text == f"# Title\n\n`{command}`\n\n{record.machine.cpu}, 2\n"
     assert capsys.readouterr().out == text + "\n"
+
+
+def test_each_stage_is_named_once(capsys):
+    say = say_stages()
+    for what, share in (("solving", 0.0), ("solving", 0.5), ("timing", 0.0), ("solving", 1.0)):
+        say(what, share)
+    assert capsys.readouterr() == ("", "solving\ntiming\nsolving\n")
