@@ -33,6 +33,7 @@ from obc_deploy.benchmarks.gpu_engines import ENGINE_VARIANTS, engine_table, tim
 from obc_deploy.benchmarks.gpu_findings import Findings, repeated_inputs, timed_row
 from obc_deploy.benchmarks.record import RESULTS, Record, take_record
 from obc_deploy.benchmarks.solver import TASKS, layer_problem, plain_run
+from obc_deploy.benchmarks.table import times
 from obc_deploy.runtimes.cuda_layers import Arithmetic, GpuAbilities
 from obc_deploy.runtimes.cuda_products import FP8, FP8_LARGEST, CompressedWeight, padded
 from obc_deploy.runtimes.torch_cuda import (
@@ -570,7 +571,7 @@ def report(record: Record, device: str, found: Findings) -> str:
     ]  # fmt: skip
     lines += [
         f"| {r['layer']} | {' x '.join(map(str, r['shape']))} | {r['kind']} | {r['ms']:.4f} | "
-        f"{_times(r['speedup'])} | {r['predicted_macs']:.1f}x | {r['predicted_bops']:.1f}x |"
+        f"{times(r['speedup'])} | {r['predicted_macs']:.1f}x | {r['predicted_bops']:.1f}x |"
         for r in found.products
     ]
     lines += [
@@ -588,7 +589,7 @@ def report(record: Record, device: str, found: Findings) -> str:
         way = ", compiled" if r["compiled"] else ""
         lines.append(
             f"| {r['network']} | {r['batch']} | {r['variant']}{way} | {r['ms']:.3f} | "
-            f"{r['ms_with_copies']:.3f} | {_times(r['speedup'])} | {r['predicted_macs']:.2f}x | "
+            f"{r['ms_with_copies']:.3f} | {times(r['speedup'])} | {r['predicted_macs']:.2f}x | "
             f"{r['predicted_bops']:.2f}x | {on_it}/{len(layers)} | {100 * r['error']:.2g} % |"
         )
     lines += engine_table(found.engines)
@@ -608,10 +609,6 @@ def report(record: Record, device: str, found: Findings) -> str:
 
 def _per_row(row: dict[str, Any]) -> float:
     return float(1e3 * statistics.median(row["seconds"]) / row["rows"])
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
 
 
 def measure(
