@@ -221,6 +221,7 @@ def export(
     )
     if made.dense_size_bytes is not None:
         out.line(_smaller(made.size_bytes, made.dense_size_bytes))
+    library = _library_beside(out, artifact.path) if goal.sparse_operators else None
     parity = made.parity
     if parity:
         out.line(
@@ -239,6 +240,7 @@ def export(
     out.results(
         {
             "path": os.fspath(artifact.path),
+            "library": library,
             **made.model_dump(mode="json"),
             "preflight": notes,
             **built,
@@ -300,10 +302,12 @@ def _rewrite(
         out.warn("outputs were not compared with the original's (--no-check)")
     else:
         out.line(f"outputs differ from the original's by {made.relative_error:.1e} (relative)")
+    library = _library_beside(out, made.path)
     timing = _time_beside(out, source, made, goal, threads) if timed else None
     out.results(
         {
             "path": os.fspath(made.path),
+            "library": library,
             "target": goal.name,
             "processor": processor_of(goal),
             "size_bytes": made.size_bytes,
@@ -314,6 +318,25 @@ def _rewrite(
             "timing": timing,
         }
     )
+
+
+def _library_beside(out: Output, file: Path) -> str | None:
+    """Put what runs our operators beside a file that has some; where it lies.
+
+    Raises:
+        ExportError: the folder cannot be written to.
+    """
+    from obc_deploy.runtimes import sparse
+    from obc_deploy.runtimes.onnx_graph import read_onnx_graph
+
+    if sparse.DOMAIN not in read_onnx_graph(file).domains:
+        return None
+    try:
+        library = sparse.copy_library(file.parent)
+    except OSError as error:
+        raise ExportError(f"cannot put the sparse operators beside '{file}': {error}") from error
+    out.line(f"{library}: ship it too; hosts load it by register_custom_ops_library")
+    return os.fspath(library)
 
 
 def _time_beside(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +23,7 @@ from obc_deploy.compiled_library import (
     find_library,
     missing,
 )
+from obc_deploy.whole_files import whole_file
 
 DOMAIN = "obc_deploy.sparse"
 DOMAIN_VERSION = 2
@@ -32,6 +34,8 @@ LIBRARY_VARIABLE = "OBC_DEPLOY_SPARSE_LIBRARY"
 """Path of another build of the library to use, say one with sanitizers."""
 INSTRUCTIONS_VARIABLE = "OBC_DEPLOY_SPARSE_INSTRUCTIONS"
 """Names the instruction set to use, in any host; the library reads it when it is loaded."""
+COPY_NAME = "libobc_sparse"
+"""What the library is called beside the files that need it, but for its ending."""
 INSTRUCTION_SETS = ("portable", "avx2", "avx2_vnni", "avx512_vnni")
 """From the slowest to the fastest; all give the same integer results."""
 
@@ -85,6 +89,27 @@ def library_path() -> Path:
     if found.path is None:
         raise OSError(f"the sparse kernels are missing: {found.why_missing}")
     return found.path
+
+
+def copy_library(folder: Path) -> Path:
+    """Put the library beside a file that needs it, for hosts that do not have this package.
+
+    It is the same for all processors of this kind: the instruction set is chosen when it is loaded.
+
+    Args:
+        folder: where the file lies.
+
+    Returns:
+        The copy; one that was there is replaced.
+
+    Raises:
+        OSError: the library is missing, or the folder cannot be written to.
+    """
+    library = library_path()
+    copy = folder / f"{COPY_NAME}{library.suffix}"
+    with whole_file(copy) as partial:
+        shutil.copyfile(library, partial)
+    return copy
 
 
 def instruction_set() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -44,7 +46,12 @@ from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.exporters.sparse_cost import COUNTS, Work, nanoseconds
 from obc_deploy.exporters.sparse_onnxruntime import zero_blocks
 from obc_deploy.runtimes import sparse
-from obc_deploy.runtimes.audit import Expectation, audit_artifact, count_accelerated
+from obc_deploy.runtimes.audit import (
+    Expectation,
+    audit_artifact,
+    count_accelerated,
+    random_inputs,
+)
 from obc_deploy.runtimes.session import open_session
 from obc_deploy.targets import ORT_SPARSE, TARGETS, Processor
 
@@ -437,6 +444,59 @@ def test_without_the_library(exported, tmp_path, everywhere, monkeypatch):
     from obc_deploy.benchmarks.comparison import working_targets
 
     assert SPARSE not in working_targets()
+
+
+HOST = """
+import sys
+import numpy
+import onnxruntime
+
+model, library, x, y = sys.argv[1:]
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library(library)
+session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+numpy.save(y, session.run(None, {session.get_inputs()[0].name: numpy.load(x)})[0])
+assert not any(name.startswith("obc_deploy") for name in sys.modules)
+"""
+
+
+def test_file_and_library_are_all_that_another_host_needs(compressed, tmp_path):
+    """A process without this package, in a folder that holds the two files and nothing else."""
+    model = blocks(compressed, Residual, 0.8)
+    plain = model.export(tmp_path / "plain.onnx", target=QOPERATOR, check=False).path
+    file = tmp_path / "shipped" / "model.onnx"
+    answer = CliRunner().invoke(
+        app, ["export", str(plain), "-o", str(file), "--no-timing", "--json", "-"]
+    )
+    assert answer.exit_code == 0, answer.output
+    library = file.with_name("libobc_sparse.so")
+    assert json.loads(answer.stdout)["library"] == str(library)
+    assert sorted(file.parent.iterdir()) == [library, file]
+    x, y = tmp_path / "x.npy", tmp_path / "y.npy"
+    with open_session("onnxruntime", plain, threads=1) as session:
+        inputs = random_inputs(session.inputs, 1)
+        (expected,) = session.run(inputs).values()
+    np.save(x, next(iter(inputs.values())))
+    moved = file.parent.rename(tmp_path / "elsewhere")
+    subprocess.run(
+        [sys.executable, "-I", "-c", HOST, moved / file.name, moved / library.name, x, y],
+        check=True,
+        cwd=moved,
+        env={},
+    )
+    np.testing.assert_allclose(np.load(y), expected, rtol=1e-6)
+
+
+def test_a_library_that_cannot_be_put_there_is_an_error(compressed, tmp_path):
+    model = blocks(compressed, Residual, 0.8)
+    plain = model.export(tmp_path / "plain.onnx", target=QOPERATOR, check=False).path
+    (tmp_path / "libobc_sparse.so").mkdir()
+    answer = CliRunner().invoke(
+        app, ["export", str(plain), "-o", str(tmp_path / "new.onnx"), "--no-timing"]
+    )
+    assert isinstance(answer.exception, ExportError)
+    assert "cannot put the sparse operators beside" in str(answer.exception)
+    assert "new.onnx" in str(answer.exception)
 
 
 def test_the_processor_that_is_named_decides(compressed, tmp_path, monkeypatch):
