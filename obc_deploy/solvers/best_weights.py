@@ -16,6 +16,11 @@ from dataclasses import replace
 import torch
 
 from obc_deploy.solvers import native_rows
+from obc_deploy.solvers.blocked_cholesky import (
+    backward_in_place,
+    factor_in_place,
+    forward_in_place,
+)
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.inverse import true_places
 from obc_deploy.solvers.problems import DampedProblem
@@ -122,12 +127,12 @@ def _solve_prefixes(
 
     def solve(chosen: Selection) -> None:
         nonlocal done
-        factor = torch.linalg.cholesky(chosen.submatrix(matrix, problem.group_of_row))
-        half = torch.linalg.solve_triangular(factor, chosen.values(right)[:, :, None], upper=False)
+        factor = factor_in_place(chosen.submatrix(matrix, problem.group_of_row))
+        half = forward_in_place(factor, chosen.values(right)[:, :, None])
         width = half.shape[1]
         inside = torch.arange(width, device=half.device)[:, None] < counts[chosen.rows][:, None, :]
         # Substitution goes from the last unknown to the first: zeros at the end stay zeros.
-        solved = torch.linalg.solve_triangular(factor.mT, half * inside, upper=True)
+        solved = backward_in_place(factor, half * inside)
         at = chosen.index[:, None, :].expand(-1, levels, -1)
         full = solved.new_zeros(at.shape[0], levels, cols)
         prefix = torch.zeros_like(full, dtype=torch.bool)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from obc_deploy.solvers import native_rows, triton_steps
+from obc_deploy.solvers.blocked_cholesky import factor_in_place
 from obc_deploy.solvers.contract import Progress
 from obc_deploy.solvers.grids import Grid
 from obc_deploy.solvers.inverse import DowndatedInverse, true_places
@@ -79,8 +80,8 @@ def obq_codes_of_survivors(
     def solve(survivors: Selection) -> None:
         nonlocal done
         restricted = survivors.submatrix(problem.hessian, problem.group_of_row)
-        diagonal = restricted.diagonal(dim1=1, dim2=2).to(settings.dtype)
-        start = torch.cholesky_inverse(torch.linalg.cholesky(restricted)).to(settings.dtype)
+        diagonal = restricted.diagonal(dim1=1, dim2=2).to(settings.dtype, copy=True)
+        start = torch.cholesky_inverse(factor_in_place(restricted)).to(settings.dtype)
         del restricted
         batch = survivors.rows.shape[0]
         inverse = DowndatedInverse(start, diagonal, lazy=settings.update_length(), owned=True)
