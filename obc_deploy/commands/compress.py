@@ -16,6 +16,7 @@ import typer
 from obc_deploy.commands import options as o
 from obc_deploy.commands.bench import MeasuringPlan, bench_runs, require_runtimes
 from obc_deploy.commands.budget import Wish, compress_within, show_estimate, show_found
+from obc_deploy.commands.export import export_run, own_target
 from obc_deploy.commands.output import Output, Stage
 from obc_deploy.device_memory import memory_bytes
 from obc_deploy.errors import BudgetError, CalibrationError, RunDirectoryError
@@ -616,7 +617,7 @@ def run(
     report: o.ReportFile = None,
     json: o.JsonFile = None,
 ) -> None:
-    """Compress, export to every runtime that works here, measure, and write the report."""
+    """Compress, export, measure in every runtime that works here, and write the report."""
     out = Output(json)
     free = _free_run(output, overwrite=overwrite)
     plan = MeasuringPlan(
@@ -640,5 +641,6 @@ def run(
     )  # fmt: skip
     _check_wish(work, wish)
     _compress_to(out, work, free, overwrite=overwrite, wish=wish)
+    export_run(out, free, own_target(free))
     labelled = None if evaluation is None else work.data.load(evaluation)
     bench_runs(out, [free], plan, labelled, report=report, allow_slower=allow_slower)

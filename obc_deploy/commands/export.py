@@ -26,6 +26,7 @@ from obc_deploy.targets import TARGETS, EightBit, Processor, Target, as_target
 
 if TYPE_CHECKING:
     from obc_deploy.artifacts import Artifact
+    from obc_deploy.compression import CompressedModel
     from obc_deploy.exporters.rewritten_file import RewrittenFile
     from obc_deploy.runtimes.audit import AcceleratedLayers, Audit
 
@@ -176,9 +177,6 @@ def export(
     json: o.JsonFile = None,
 ) -> None:
     """Write a run's compressed network as an ONNX file, checked against PyTorch."""
-    from obc_deploy.benchmarks.table import percent, size
-    from obc_deploy.manifest import read_manifest
-
     out = Output(json)
     request = EngineRequest(
         engine, batches, optimization_level, workspace, timing_cache, not no_sparsity
@@ -197,10 +195,61 @@ def export(
             f"--threads {threads} is for timing an .onnx file from elsewhere; of '{run}' name it "
             "to 'obc-deploy bench'"
         )
-    manifest = read_manifest(run)
-    goal = as_target(target or manifest.settings.target or "onnxruntime")
+    goal = own_target(run)
+    if target is not None:
+        goal = as_target(target)
     goal = with_processor(with_precision(goal, precision, fp8=fp8), processor)
     request.check(goal, dynamic_batch)
+    model, artifact, library = export_run(
+        out, run, goal, output, dynamic_batch=dynamic_batch, batch_size=batch_size,
+        check=not no_check,
+    )  # fmt: skip
+    made = artifact.manifest
+    notes = _notes(model, goal, made.notes)
+    for note in notes:
+        out.warn(note)
+    built = {}
+    if goal.runtime == "tensorrt":
+        built = make_engine(out, model, goal, artifact, request)
+    out.results(
+        {
+            "path": os.fspath(artifact.path),
+            "library": library,
+            **made.model_dump(mode="json"),
+            "preflight": notes,
+            **built,
+        }
+    )
+
+
+def own_target(run: Path) -> Target:
+    """Where a run directory's network is to run.
+
+    Raises:
+        RunDirectoryError: there is no such run.
+    """
+    from obc_deploy.manifest import read_manifest
+
+    return as_target(read_manifest(run).settings.target or "onnxruntime")
+
+
+def export_run(
+    out: Output,
+    run: Path,
+    goal: Target,
+    output: Path | None = None,
+    *,
+    dynamic_batch: bool = False,
+    batch_size: int = 1,
+    check: bool = True,
+) -> tuple[CompressedModel, Artifact, str | None]:
+    """Write a run's network for a target, with the library where it needs ours, and say so.
+
+    Returns:
+        The network, its artifact, and where the library lies.
+    """
+    from obc_deploy.benchmarks.table import percent, size
+
     file = output or artifact_file(run, goal)
     with out.working() as say:
         say("loading the run", 0.0)
@@ -209,7 +258,7 @@ def export(
         model = load_run(run, baselines=False)
         say(f"exporting for {goal.name}", 0.3)
         artifact = model.export(
-            file, goal, dynamic_batch=dynamic_batch, batch_size=batch_size, check=not no_check
+            file, goal, dynamic_batch=dynamic_batch, batch_size=batch_size, check=check
         )
     made = artifact.manifest
     integer = sum(layer.int8 for layer in made.layers)
@@ -231,21 +280,7 @@ def export(
         )
     else:
         out.warn("outputs were not compared with PyTorch's (--no-check)")
-    notes = _notes(model, goal, made.notes)
-    for note in notes:
-        out.warn(note)
-    built = {}
-    if goal.runtime == "tensorrt":
-        built = make_engine(out, model, goal, artifact, request)
-    out.results(
-        {
-            "path": os.fspath(artifact.path),
-            "library": library,
-            **made.model_dump(mode="json"),
-            "preflight": notes,
-            **built,
-        }
-    )
+    return model, artifact, library
 
 
 def with_processor(goal: Target, processor: Processor | None) -> Target:
@@ -434,10 +469,9 @@ def audit(
         file, batch_size = path, (artifact.manifest.batch_size or 1) if artifact else 1
         goal = as_target(runtime or (artifact.target if artifact else "onnxruntime"))
     else:
-        from obc_deploy.manifest import read_manifest
-
-        own = read_manifest(path).settings.target
-        goal = as_target(runtime or own or "onnxruntime")
+        goal = own_target(path)
+        if runtime is not None:
+            goal = as_target(runtime)
     if trial and goal.runtime != "tensorrt":
         raise ArtifactError(
             f"--trial is for --runtime tensorrt; '{goal.name}' has no sparse kernels to leave out"

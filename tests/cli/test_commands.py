@@ -18,12 +18,14 @@ from cli_networks import small_network
 import obc_deploy
 from obc_deploy import native
 from obc_deploy.activations import RangeMethod
+from obc_deploy.artifacts import load_artifact
 from obc_deploy.benchmarks.measurement import Measurement, WorkerSamples, measurement, with_speedups
 from obc_deploy.cli import app
 from obc_deploy.commands import look, options
 from obc_deploy.commands.bench import check_worth
 from obc_deploy.compiled_library import missing
 from obc_deploy.errors import MeasurementError, SlowerThanDenseError
+from obc_deploy.manifest import read_manifest
 from obc_deploy.schemes import Scheme
 from obc_deploy.solvers.dispatch import METHODS
 from obc_deploy.targets import TARGETS
@@ -337,6 +339,8 @@ def test_run_does_it_all(run: Run, data: Path, tmp_path: Path) -> None:
     assert [row["scheme"] for row in answer.json] == ["w8a8"]
     for name in ("manifest.json", "measurements.json", "report.html"):
         assert (folder / name).is_file()
+    target = read_manifest(folder).settings.target
+    assert load_artifact(folder / "artifacts" / target / "model.onnx").target == target
 
 
 def _row(variant: str, runtime: str, ms: float, role: str = "compressed") -> Measurement:
