@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,29 +86,37 @@ def _in_runtimes(files: Sequence[Path], targets: Sequence[str] | None) -> list[F
 
 
 def _show(out: Output, rows: Sequence[TimedFile]) -> None:
+    """The table, and what is to be said of single files; it fits a terminal of 80 columns."""
     from rich import box
     from rich.table import Table
 
     from obc_deploy.benchmarks.table import NONE, milliseconds, size, span, times
 
     first = rows[0]
-    on = f"{first.threads or '?'} thread{'' if first.threads == 1 else 's'}"
+    runtimes = list(dict.fromkeys(row.runtime for row in rows))
+    where = [
+        *runtimes[: len(runtimes) == 1],
+        f"batch {first.batch_size}",
+        f"{first.threads or '?'} thread{'' if first.threads == 1 else 's'}",
+    ]
     table = Table(
-        title=f"batch {first.batch_size}, {on}; outputs on one random input",
-        title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+        title=f"{', '.join(where)}; outputs on one random input", title_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
     )  # fmt: skip
-    table.add_column("file", overflow="fold")
-    table.add_column("runtime", no_wrap=True)
-    for title in ("p50, ms", "p90, ms", "vs the first", "outputs differ", "size"):
+    table.add_column("file", overflow="fold", min_width=12)
+    if len(runtimes) > 1:
+        table.add_column("runtime", overflow="fold", min_width=8)
+    for title in ("p50,\nms", "p90,\nms", "vs the first", "outputs\ndiffer", "size"):
         table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
+    for row, name in zip(rows, _names([row.path for row in rows]), strict=True):
         latency = row.latency_ms
         faster = times(row.speedup)
         if row is not first and row.interval is not None:
             faster = f"{faster} ({span(row.interval)})"
         differ = NONE if row is first or row.difference is None else f"{row.difference:.1e}"
         table.add_row(
-            str(row.path), row.runtime, milliseconds(latency.p50 if latency else None),
+            name, *([row.runtime] if len(runtimes) > 1 else []),
+            milliseconds(latency.p50 if latency else None),
             milliseconds(latency.p90 if latency else None), faster, differ, size(row.size_bytes),
         )  # fmt: skip
     out.show(table)
@@ -120,3 +129,11 @@ def _show(out: Output, rows: Sequence[TimedFile]) -> None:
             f"{noisy} of {len(rows)} rows have noisy timings: stop other work on this machine, or "
             "take more rounds"
         )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What tells files apart: their paths without the folders that all are in."""
+    if len(set(paths)) == 1:
+        return [path.name for path in paths]
+    shared = os.path.commonpath([path.absolute().parent for path in paths])
+    return [os.path.relpath(path.absolute(), shared) for path in paths]

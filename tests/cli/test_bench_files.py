@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from obc_deploy.artifacts import load_artifact
+from obc_deploy.commands.bench_files import _names
 
 Run = Callable[..., "Answer"]  # noqa: F821
 
@@ -31,17 +32,26 @@ def test_files_are_timed_beside_the_first(run: Run, plain: Path, artifact: Path)
     assert second["difference"] == 0.0
     assert first["size_bytes"] == second["size_bytes"] == plain.stat().st_size
     assert second["latency_ms"]["p50"] > 0.0
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_names_the_files_in_any_terminal(
+    run: Run, plain: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
     table = run("bench", plain, artifact, *QUICK)
     assert table.code == 0
-    for words in (
-        "plain.onnx",
-        "lone.onnx",
-        "p50, ms",
-        "vs the first",
-        "0.0e+00",
-        "batch 1, 1 thr",
-    ):
-        assert words in table.out
+    together = "".join(table.out.split())
+    for words in ("plain.onnx", "vsthefirst", "0.0e+00", "onnxruntime,batch1,1thread"):
+        assert words in together
+    lines = [line for line in table.out.splitlines() if not line.startswith("note:")]
+    assert max(map(len, lines)) <= width
+
+
+def test_what_all_paths_share_is_left_out(tmp_path: Path) -> None:
+    a, b = tmp_path / "runs" / "a" / "model.onnx", tmp_path / "runs" / "b.onnx"
+    assert _names([a, b]) == ["a/model.onnx", "b.onnx"]
+    assert _names([a, a]) == ["model.onnx", "model.onnx"]
 
 
 def test_one_file_in_the_runtime_that_it_was_made_for(run: Run, plain: Path) -> None:
