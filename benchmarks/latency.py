@@ -138,17 +138,14 @@ def latency_table(
     """
     check_measured(target)
     settings = settings or LatencySettings()
-    machine = take_fingerprint().as_dict()
+    machine, exporter = take_fingerprint().as_dict(), exporter_checksum(target)
     if file is not None:
         table = read_table(file)
         if table.target != target.name:
             raise LatencyError(
                 f"latency table '{file}' is of target {table.target}, not {target.name}; measure it"
             )
-        table.check(
-            calibrated.layers, machine, exporter=exporter_checksum(target),
-            allow_foreign=allow_foreign,
-        )  # fmt: skip
+        table.check(calibrated.layers, machine, exporter=exporter, allow_foreign=allow_foreign)
         for name, schemes in levels.items():
             for scheme in schemes:
                 table.ms(name, scheme)
@@ -156,8 +153,7 @@ def latency_table(
     info = require_target(target)
     cached = table_file(
         calibrated.layers, machine, target=target.name, runtime_version=info.version or "",
-        threads=settings.threads, batch_size=settings.batch_size,
-        exporter=exporter_checksum(target),
+        threads=settings.threads, batch_size=settings.batch_size, exporter=exporter,
     )  # fmt: skip
     known = _known(cached)
     if known is not None and all(

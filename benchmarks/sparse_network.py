@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     record = take_record("sparse_network")
     say = say_stages()
+
     import torch
     import torchvision
 

@@ -60,6 +60,11 @@ def times(ratio: float | None) -> str:
     return f"{ratio:.1f}x" if ratio >= 9.995 else f"{ratio:.2f}x"
 
 
+def thread_count(threads: int | None) -> str:
+    """Threads in words: 1 thread, 2 threads."""
+    return f"{'?' if threads is None else threads} thread{'s' * (threads != 1)}"
+
+
 def three_digits(number: float) -> str:
     """Three digits that count, without an exponent: 0.0123, 1.23, 12.3, 1234."""
     for limit, digits in ((0.09995, 4), (0.9995, 3), (9.995, 2), (99.95, 1)):
@@ -209,7 +214,7 @@ def _draw(rows: Sequence[Measurement], columns: Sequence[Column], title: str | N
 
 def conditions_of(row: Measurement) -> str:
     """Runtime, and below it threads and batch, so that the column of names stays narrow."""
-    threads = "" if row.threads is None else f"\n{row.threads} thread{'s' * (row.threads != 1)}"
+    threads = "" if row.threads is None else f"\n{thread_count(row.threads)}"
     batch = f"batch {row.batch_size}"
     return f"{row.runtime}{threads}, {batch}" if threads else f"{row.runtime}\n{batch}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 from pathlib import Path
 
 from obc_deploy.runtimes import sparse
@@ -15,12 +14,7 @@ def exporter_checksum(target: Target) -> str:
     files = sorted(Path(__file__).parent.glob("*.py"))
     if target.sparse_operators and sparse.is_available():
         files.append(sparse.library_path())
-    return _checksum(tuple((file, file.stat().st_mtime_ns) for file in files))
-
-
-@cache
-def _checksum(files: tuple[tuple[Path, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file, _ in files:
+    for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

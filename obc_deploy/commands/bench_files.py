@@ -90,14 +90,14 @@ def _show(out: Output, rows: Sequence[TimedFile]) -> None:
     from rich import box
     from rich.table import Table
 
-    from obc_deploy.benchmarks.table import NONE, milliseconds, size, span, times
+    from obc_deploy.benchmarks.table import NONE, milliseconds, size, span, thread_count, times
 
     first = rows[0]
     runtimes = list(dict.fromkeys(row.runtime for row in rows))
     where = [
         *runtimes[: len(runtimes) == 1],
         f"batch {first.batch_size}",
-        f"{first.threads or '?'} thread{'' if first.threads == 1 else 's'}",
+        thread_count(first.threads),
     ]
     table = Table(
         title=f"{', '.join(where)}; outputs on one random input", title_justify="left",

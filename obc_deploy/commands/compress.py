@@ -16,7 +16,7 @@ import typer
 from obc_deploy.commands import options as o
 from obc_deploy.commands.bench import MeasuringPlan, bench_runs, require_runtimes
 from obc_deploy.commands.budget import Wish, compress_within, show_estimate, show_found
-from obc_deploy.commands.export import export_run, own_target
+from obc_deploy.commands.export import export_run, target_of
 from obc_deploy.commands.output import Output, Stage
 from obc_deploy.device_memory import memory_bytes
 from obc_deploy.errors import BudgetError, CalibrationError, RunDirectoryError
@@ -641,6 +641,6 @@ def run(
     )  # fmt: skip
     _check_wish(work, wish)
     _compress_to(out, work, free, overwrite=overwrite, wish=wish)
-    export_run(out, free, own_target(free))
+    export_run(out, free, target_of(free))
     labelled = None if evaluation is None else work.data.load(evaluation)
     bench_runs(out, [free], plan, labelled, report=report, allow_slower=allow_slower)

@@ -195,9 +195,7 @@ def export(
             f"--threads {threads} is for timing an .onnx file from elsewhere; of '{run}' name it "
             "to 'obc-deploy bench'"
         )
-    goal = own_target(run)
-    if target is not None:
-        goal = as_target(target)
+    goal = target_of(run, target)
     goal = with_processor(with_precision(goal, precision, fp8=fp8), processor)
     request.check(goal, dynamic_batch)
     model, artifact, library = export_run(
@@ -222,15 +220,17 @@ def export(
     )
 
 
-def own_target(run: Path) -> Target:
-    """Where a run directory's network is to run.
+def target_of(run: Path, named: str | None = None) -> Target:
+    """Where a run directory's network is to run: as named, else where it was made for.
 
     Raises:
         RunDirectoryError: there is no such run.
+        TargetError: there is no such target.
     """
     from obc_deploy.manifest import read_manifest
 
-    return as_target(read_manifest(run).settings.target or "onnxruntime")
+    own = read_manifest(run).settings.target
+    return as_target(named or own or "onnxruntime")
 
 
 def export_run(
@@ -378,7 +378,7 @@ def _time_beside(
     out: Output, source: Path, made: RewrittenFile, goal: Target, threads: int | None
 ) -> dict[str, Any] | None:
     """Say whether the new file is faster here; None where one of the two could not be timed."""
-    from obc_deploy.benchmarks.table import milliseconds, span, times
+    from obc_deploy.benchmarks.table import milliseconds, span, thread_count, times
     from obc_deploy.benchmarks.timed_files import FileInRuntime, time_files
 
     with out.working() as say:
@@ -391,11 +391,10 @@ def _time_beside(
         failed = after if before.error is None else before
         out.warn(f"'{failed.path}' could not be timed: {failed.error}")
         return None
-    on = "1 thread" if after.threads == 1 else f"{after.threads} threads"
     out.line(
         f"{times(after.speedup)} as fast as the original here ({span(after.interval)}): "
         f"{milliseconds(after.latency_ms.p50)} ms, not {milliseconds(before.latency_ms.p50)} ms, "
-        f"at batch {after.batch_size} on {on}"
+        f"at batch {after.batch_size} on {thread_count(after.threads)}"
     )
     noisy = before.noisy or after.noisy
     if noisy:
@@ -469,9 +468,7 @@ def audit(
         file, batch_size = path, (artifact.manifest.batch_size or 1) if artifact else 1
         goal = as_target(runtime or (artifact.target if artifact else "onnxruntime"))
     else:
-        goal = own_target(path)
-        if runtime is not None:
-            goal = as_target(runtime)
+        goal = target_of(path, runtime)
     if trial and goal.runtime != "tensorrt":
         raise ArtifactError(
             f"--trial is for --runtime tensorrt; '{goal.name}' has no sparse kernels to leave out"
