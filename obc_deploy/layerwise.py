@@ -24,6 +24,7 @@ from obc_deploy.sequential import corrected_weight, sequential_statistics
 from obc_deploy.solvers import needs_hessian, solve_levels
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem
 from obc_deploy.solvers.estimate import LayerShape, estimate_seconds, operations
+from obc_deploy.solvers.rounding import FINE_BITS
 from obc_deploy.solvers.settings import SolverSettings, precision
 from obc_deploy.solvers.staged import quantize_pruned
 from obc_deploy.statistics_correction import correct_outputs
@@ -110,10 +111,9 @@ class Layerwise:
             scheme = self.schemes[layer.name]
             pattern = Scheme(scheme.pattern, None)
             pruned = self._key(layer, pattern) in self.calibrated.pruned
-            if scheme.pattern is not None and scheme.weight_bits >= 8 and not shared_step:
-                # Rounding will do (`ROUNDING_FACTOR`, `ROUNDING_ERROR`); in one step for all rows
-                # it rarely does.
-                if pruned:
+            if scheme.weight_bits >= FINE_BITS and not shared_step:
+                # Rounding will do (`rounding_suffices`); in one step for all rows it rarely does.
+                if pruned or pattern.is_dense:
                     continue
                 scheme = pattern
             shapes.append(LayerShape(layer.rows, layer.cols, (scheme,), pruned=pruned))

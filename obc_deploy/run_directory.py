@@ -189,7 +189,8 @@ def _read(folder: Path) -> CompressedModel:
 
     manifest = read_manifest(folder)
     try:
-        with np.load(folder / SAMPLES, allow_pickle=False) as stored:
+        # A file that NumPy opens itself stays open where it turns out to be no archive.
+        with (folder / SAMPLES).open("rb") as file, np.load(file, allow_pickle=False) as stored:
             inputs = {
                 name.removeprefix("input:"): stored[name]
                 for name in stored.files

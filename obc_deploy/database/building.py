@@ -31,6 +31,7 @@ from obc_deploy.database.plan import (
     all_levels,
     forms_of,
     plan_layers,
+    solver_settings,
 )
 from obc_deploy.database.store import Database, refuse_other
 from obc_deploy.errors import DatabaseError
@@ -182,8 +183,8 @@ def _solved(
     forms: list[CompressedLayer[Tensor]] = []
     if old is None or missing:
         forms = solve_levels(
-            problem, missing, method=identity.method, dtype=identity.dtype, device=device,
-            progress=progress,
+            problem, missing, method=identity.method, device=device, progress=progress,
+            settings=solver_settings(identity.dtype),
         )  # fmt: skip
     rows, cols = problem.weight.shape
     return _Solved(problem.name, rows, cols, identity, levels, old, forms)

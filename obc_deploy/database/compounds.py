@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from obc_deploy.schemes import Scheme
-
-_ENOUGH_BITS = 8
+from obc_deploy.solvers.rounding import FINE_BITS
 
 
 def stored_form(choice: Scheme) -> Scheme:
@@ -52,5 +51,5 @@ def _adds_up(choice: Scheme) -> bool:
     return (
         choice.pattern is not None
         and quantization is not None
-        and quantization.weight_bits >= _ENOUGH_BITS
+        and quantization.weight_bits >= FINE_BITS
     )

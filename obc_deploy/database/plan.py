@@ -77,6 +77,15 @@ class BuildPlan:
         return sum(len(layer.missing) for layer in self.layers)
 
 
+def solver_settings(dtype: str) -> SolverSettings:
+    """How a build solves its layers: as compression does, which rounds where OBQ gains nothing.
+
+    Raises:
+        ProblemError: unknown dtype.
+    """
+    return SolverSettings(dtype=precision(dtype), rounding=True)
+
+
 def plan_build(
     layers: Iterable[LayerOutline],
     levels_of: LevelsOf,
@@ -110,7 +119,7 @@ def plan_build(
                 for plan in plans
                 if plan.missing
             ],
-            SolverSettings(dtype=precision(dtype)),
+            solver_settings(dtype),
         )
     return BuildPlan(
         layers=tuple(plans),
@@ -139,7 +148,7 @@ def plan_layers(
     """
     exact = needs_hessian(method)
     chosen = METHODS[0] if method is None else method
-    settings = SolverSettings(dtype=precision(dtype))
+    settings = solver_settings(dtype)
     index = _index(folder)
     plans = []
     for outline in layers:

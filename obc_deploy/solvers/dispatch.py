@@ -37,6 +37,7 @@ from obc_deploy.solvers.problems import (
     damp,
     relative_error,
 )
+from obc_deploy.solvers.rounding import FINE_BITS, rounding_suffices
 from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, part_of, precision, torch_beside_rows
 
@@ -144,7 +145,7 @@ def solve_levels(
         dtype: "float32" or "float64", as in `solve`.
         device: as in `solve`.
         progress: called with the share of the work done.
-        settings: memory and update length; its dtype wins over `dtype`.
+        settings: memory, update length, rounding; its dtype wins over `dtype`.
 
     Raises:
         DeviceMemoryError: not even one row at a time fits the device.
@@ -221,11 +222,13 @@ def _solve_exactly(
     grids = _grids_of_patterns(schemes)
     patterns = [pattern for pattern in grids if pattern is not None]
     leaves = compiled and native_rows.leaves_precise_inverses(problem, settings)
-    handed = {
-        each: grids.pop(each)
-        for each in patterns
-        if leaves and isinstance(each, NM) and grids[each]
-    }
+    handed: dict[NM, list[Quantization]] = {}
+    for each in patterns:
+        if leaves and isinstance(each, NM):
+            fine = [q for q in grids[each] if settings.rounding and q.weight_bits >= FINE_BITS]
+            if len(fine) < len(grids[each]):
+                handed[each] = [q for q in grids[each] if q not in fine]
+                grids[each] = fine
     others = [pattern for pattern in patterns if pattern not in handed]
     jobs = len(handed) + bool(others) + sum(map(len, grids.values()))
     spans = iter(_spans(max(jobs, 1)))
@@ -242,7 +245,7 @@ def _solve_exactly(
         for quantization in quantizations:
             report = part_of(progress, *next(spans))
             quantized[given, quantization] = _quantize(
-                problem, given, pruned[given], quantization, settings, report
+                checked, problem, given, pruned[given], quantization, settings, report
             )
     return [_solved(scheme, pruned, quantized) for scheme in schemes]
 
@@ -259,6 +262,7 @@ def _grids_of_patterns(schemes: Sequence[Scheme]) -> dict[Pattern | None, list[Q
 
 
 def _quantize(
+    checked: CheckedProblem,
     problem: DampedProblem,
     pattern: Pattern | None,
     rows: PrunedRows,
@@ -269,6 +273,10 @@ def _quantize(
     # Of the rows as they are now: survivors have grown to stand in for what was pruned.
     of_now = problem.weight if pattern is None else rows.weight
     grid = find_grid(of_now, quantization, threads=settings.threads)
+    if settings.rounding:
+        codes = rtn_codes(of_now, rows.mask, grid)
+        if rounding_suffices(checked, of_now, grid, codes):
+            return QuantizedRows(codes, grid)
     if pattern is None:
         codes = obq_codes(problem, grid, settings, progress)
     else:

@@ -26,6 +26,7 @@ from obc_deploy.solvers.exact_obs import (
 )
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.problems import check_problem, damp
+from obc_deploy.solvers.rounding import FINE_BITS
 from obc_deploy.solvers.settings import SolverSettings, torch_threads
 
 _PROBE_ROWS, _PROBE_COLS = 16, 384
@@ -118,6 +119,9 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
             continue
         quantized.add((scheme.pattern, grid))
         total += Work(searched=rows * cols)
+        if settings.rounding and grid.weight_bits >= FINE_BITS:
+            total += Work(inverses=2 * of_error)
+            continue
         if scheme.pattern is None:
             total += run(cols)
         else:

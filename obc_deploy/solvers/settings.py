@@ -43,6 +43,7 @@ class SolverSettings:
         triton: whether Triton kernels take the steps between two updates of the inverses; None: on
             CUDA devices, where Triton works.
         threads: CPU threads that rows are spread over; None: as many as torch uses.
+        rounding: whether weights are rounded where OBQ has next to nothing to gain (`rounding`).
     """
 
     dtype: torch.dtype = torch.float32
@@ -51,6 +52,7 @@ class SolverSettings:
     native: bool | None = None
     triton: bool | None = None
     threads: int | None = None
+    rounding: bool = False
 
     def __post_init__(self) -> None:
         if self.lazy is not None and (self.lazy < BLOCK_SIZE or self.lazy % BLOCK_SIZE):

@@ -20,23 +20,10 @@ from obc_deploy.solvers.dispatch import (
 )
 from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
-from obc_deploy.solvers.problems import (
-    CheckedProblem,
-    check_problem,
-    check_scheme,
-    damp,
-    relative_error,
-)
+from obc_deploy.solvers.problems import check_problem, check_scheme, damp, relative_error
+from obc_deploy.solvers.rounding import rounding_suffices
 from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, precision
-
-ROUNDING_FACTOR = 1.02
-"""Where rounding to nearest leaves the error of the pruned layer within this factor, it is not
-improved on: OBQ would take as long as pruning did, for less than that (most 8-bit grids)."""
-ROUNDING_ERROR = 1e-4
-"""Nor is it where it adds less than this share of the outputs' energy, about what activations of
-eight bits add. A layer that is hardly pruned has lost so little that the factor alone would not
-say so, and has the most survivors to quantize."""
 
 
 def shared_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool = True) -> Grid:
@@ -51,15 +38,6 @@ def shared_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: boo
     )
 
 
-def _suffices(
-    problem: CheckedProblem, pruned: torch.Tensor, grid: Grid, codes: torch.Tensor
-) -> bool:
-    """Whether rounding loses next to nothing, by itself or beside what pruning lost."""
-    lost = relative_error(problem, pruned)
-    rounded = relative_error(problem, grid.dequantize(codes))
-    return rounded <= max(ROUNDING_FACTOR * lost, lost + ROUNDING_ERROR)
-
-
 def quantize_pruned(
     problem: LayerProblem,
     pruned: CompressedLayer[torch.Tensor],
@@ -72,6 +50,8 @@ def quantize_pruned(
     progress: Progress | None = None,
 ) -> CompressedLayer[torch.Tensor]:
     """Codes for a pruned layer; what was pruned stays exactly zero.
+
+    They are rounded where that loses next to nothing (`rounding_suffices`), and OBQ's elsewhere.
 
     Args:
         problem: the dense layer, rows scaled as the pruned ones are; its error is measured against.
@@ -106,10 +86,13 @@ def quantize_pruned(
             grid = find_grid(weight, quantization, shrink=exact, threads=settings.threads)
         codes = rtn_codes(weight, mask, grid)
         with within_memory(checked):
-            if exact and scheme.pattern is None:
-                codes = obq_codes(damp(checked), grid, settings, report)
-            elif exact and not _suffices(checked, weight, grid, codes):
-                codes = obq_codes_of_survivors(damp(checked), weight, mask, grid, settings, report)
+            if exact and not rounding_suffices(checked, weight, grid, codes):
+                if scheme.pattern is None:
+                    codes = obq_codes(damp(checked), grid, settings, report)
+                else:
+                    codes = obq_codes_of_survivors(
+                        damp(checked), weight, mask, grid, settings, report
+                    )
         report(1.0)
         dequantized = grid.dequantize(codes)
         error = relative_error(checked, dequantized)

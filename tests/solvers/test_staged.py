@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from obc_deploy.schemes import Scheme
-from obc_deploy.solvers import solve
+from obc_deploy.solvers import SolverSettings, solve, solve_levels
 from obc_deploy.solvers.contract import LayerProblem
 from obc_deploy.solvers.grids import find_grid
+from obc_deploy.solvers.rounding import ROUNDING_ERROR, ROUNDING_FACTOR
 from obc_deploy.solvers.rtn import rtn_codes
-from obc_deploy.solvers.staged import ROUNDING_ERROR, ROUNDING_FACTOR, quantize_pruned
+from obc_deploy.solvers.staged import quantize_pruned
 
 ROWS, COLS = 12, 48
 
@@ -62,7 +65,54 @@ def test_few_bits_are_not(problem, pattern: str) -> None:
     assert found.error < lost
 
 
-def test_without_a_pattern_every_bit_counts(problem) -> None:
-    """Nothing was lost before: rounding would be all of the error."""
+def test_eight_bits_alone_are_rounded_and_few_are_not(problem) -> None:
     _, found, rounded = both(problem, "w8a8")
+    assert torch.equal(found.codes.long(), rounded.long())
+    assert found.error <= ROUNDING_ERROR
+    _, found, rounded = both(problem, "w4")
     assert not torch.equal(found.codes.long(), rounded.long())
+
+
+def test_eight_bits_that_are_too_coarse_are_left_to_obq(problem) -> None:
+    """One large weight on a small input takes the grid's whole range; the others get few steps."""
+    large = torch.ones(COLS, dtype=torch.float64)
+    large[0] = 30.0
+    weight = problem.weight * large.float()
+    coarse = replace(problem, weight=weight, hessian=problem.hessian / large / large[:, None])
+    _, found, rounded = both(coarse, "w8")
+    assert not torch.equal(found.codes.long(), rounded.long())
+    scale, zero_point = found.scale, found.zero_point
+    off = (weight - (rounded - zero_point) * scale).double()
+    energy = ((weight.double() @ coarse.hessian) * weight.double()).sum()
+    assert float(((off @ coarse.hessian) * off).sum() / energy) > ROUNDING_ERROR
+    assert found.error < float(((off @ coarse.hessian) * off).sum() / energy)
+
+
+SCHEMES = (
+    "w8",
+    "w4",
+    "2:4+w8",
+    "2:4+w4",
+    "block4@0.75+w8",
+    "block4@0.75+w3",
+    "unstructured@0.05+w8",
+)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_levels_of_a_database_are_rounded_by_the_same_rule(problem, native: bool) -> None:
+    settings = SolverSettings(native=native)
+    exact = solve_levels(problem, SCHEMES, settings=settings)
+    found = solve_levels(problem, SCHEMES, settings=replace(settings, rounding=True))
+    for text, by_obq, form in zip(SCHEMES, exact, found, strict=True):
+        assert torch.equal(form.mask, by_obq.mask)
+        assert torch.equal(form.scale, by_obq.scale)
+        if not text.endswith("w8"):
+            assert torch.equal(form.codes, by_obq.codes)
+            continue
+        _, staged, _ = both(problem, text)
+        assert float((form.codes == staged.codes).float().mean()) > 0.99
+        assert not torch.equal(form.codes, by_obq.codes)
+        lost = solve_levels(problem, [Scheme(form.scheme.pattern, None)], settings=settings)[0]
+        assert by_obq.error < form.error
+        assert form.error <= max(ROUNDING_FACTOR * lost.error, lost.error + ROUNDING_ERROR)

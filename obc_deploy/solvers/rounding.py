@@ -1,0 +1,36 @@
+"""Whether rounding to nearest will do in place of OBQ, on the grid that OBQ would be given.
+
+OBQ takes as long as pruning does, and a grid of eight bits leaves it little to gain: what rounding
+loses by itself is less than what activations of eight bits lose.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from obc_deploy.solvers.grids import Grid
+from obc_deploy.solvers.problems import CheckedProblem, relative_error
+
+ROUNDING_FACTOR = 1.02
+"""Where rounding leaves the error of the pruned layer within this factor, it is not improved on."""
+ROUNDING_ERROR = 1e-4
+"""Nor is it where it adds less than this share of the outputs' energy. A layer that is hardly
+pruned has lost so little that the factor alone would not say so, and has most to quantize."""
+FINE_BITS = 8
+"""Bits from which that is to be expected, where each row has a grid step of its own."""
+
+
+def rounding_suffices(
+    problem: CheckedProblem, pruned: torch.Tensor, grid: Grid, codes: torch.Tensor
+) -> bool:
+    """Whether rounding loses next to nothing, by itself or beside what pruning lost.
+
+    Args:
+        problem: the dense layer, that errors are measured against.
+        pruned: (rows, cols) its weight after pruning, or as it is.
+        grid: the rows' grids.
+        codes: (rows, cols) the pruned weight rounded to them.
+    """
+    lost = relative_error(problem, pruned)
+    rounded = relative_error(problem, grid.dequantize(codes))
+    return rounded <= max(ROUNDING_FACTOR * lost, lost + ROUNDING_ERROR)
