@@ -111,8 +111,9 @@ class Layerwise:
             scheme = self.schemes[layer.name]
             pattern = Scheme(scheme.pattern, None)
             pruned = self._key(layer, pattern) in self.calibrated.pruned
-            if scheme.weight_bits >= FINE_BITS and not shared_step:
-                # Rounding will do (`rounding_suffices`); in one step for all rows it rarely does.
+            if scheme.weight_bits >= FINE_BITS and (pattern.is_dense or not shared_step):
+                # Takes next to no time (`ordered_obq`), or rounding will do (`rounding_suffices`),
+                # which in one step for all rows it rarely does.
                 if pruned or pattern.is_dense:
                     continue
                 scheme = pattern

@@ -78,12 +78,12 @@ class BuildPlan:
 
 
 def solver_settings(dtype: str) -> SolverSettings:
-    """How a build solves its layers: as compression does, which rounds where OBQ gains nothing.
+    """How a build solves its layers: as compression does, by the same shortcuts.
 
     Raises:
         ProblemError: unknown dtype.
     """
-    return SolverSettings(dtype=precision(dtype), rounding=True)
+    return SolverSettings(dtype=precision(dtype), shortcuts=True)
 
 
 def plan_build(

@@ -35,14 +35,17 @@ class VectorProducts {
     VectorProducts(int64_t size, int64_t depth)
         : left_((size + kTileRows) * depth), right_(panel_columns<T>(depth) * depth) {}
 
-    // V is (depth, size) with rows `vector_length` apart.
+    // V is (depth, size) with rows `vector_length` apart; rows of V^T V before `first`, the first of
+    // a tile, are left out.
     template <class Ending>
-    void tiles(const T* v, int64_t vector_length, int64_t depth, int64_t size, Ending& ending) {
-        pack_left(v, vector_length, depth, size);
+    void tiles(const T* v, int64_t vector_length, int64_t depth, int64_t size, Ending& ending,
+               int64_t first = 0) {
+        pack_left(v, vector_length, depth, size, first);
         const int64_t width = panel_columns<T>(depth);
         for (int64_t start = 0; start < size; start += width) {
             pack_right(v + start, vector_length, depth, size - start, width);
-            for (int64_t row = start / kTileRows * kTileRows; row < size; row += kTileRows) {
+            const int64_t top = start / kTileRows * kTileRows;
+            for (int64_t row = top > first ? top : first; row < size; row += kTileRows) {
                 const int rows = int(size - row < kTileRows ? size - row : kTileRows);
                 const int64_t last = row + rows < start + width ? row + rows : start + width;
                 const T* left = left_ + row * depth;
@@ -57,9 +60,9 @@ class VectorProducts {
 
   private:
     // (size / rows of a tile, depth, rows of a tile)
-    void pack_left(const T* v, int64_t length, int64_t depth, int64_t size) {
-        T* to = left_;
-        for (int64_t row = 0; row < size; row += kTileRows) {
+    void pack_left(const T* v, int64_t length, int64_t depth, int64_t size, int64_t first) {
+        T* to = left_ + first * depth;
+        for (int64_t row = first; row < size; row += kTileRows) {
             const int64_t rows = size - row < kTileRows ? size - row : kTileRows;
             for (int64_t k = 0; k < depth; ++k, to += kTileRows) {
                 for (int64_t i = 0; i < rows; ++i) to[i] = v[k * length + row + i];
@@ -127,10 +130,11 @@ class RankUpdate {
     RankUpdate(int64_t size, int64_t depth) : products_(size, depth) {}
 
     // V is (depth, size) with rows `vector_length` apart; C and S have rows of their own lengths.
+    // Rows before `first`, the first of a tile, stay as they are.
     void apply(T* c, int64_t c_length, const T* s, int64_t s_length, const T* v,
-               int64_t vector_length, int64_t depth, int64_t size) {
+               int64_t vector_length, int64_t depth, int64_t size, int64_t first = 0) {
         Subtracted ending{c, c_length, s, s_length};
-        products_.tiles(v, vector_length, depth, size, ending);
+        products_.tiles(v, vector_length, depth, size, ending, first);
     }
 
   private:

@@ -2,7 +2,9 @@
 
 #include "lanes.hpp"
 #include "rank_update.hpp"
+#include "threads.hpp"
 #include "rows.hpp"
+#include "team.hpp"
 #include "swept_inverse.hpp"
 #include "downdated_inverse.hpp"
 #include "nested_factor.hpp"
@@ -88,7 +90,25 @@ inline Outcome find_grid(const GridSearch& search, int64_t threads, Control* con
                      [&] { return std::make_unique<FindGrid>(search); });
 }
 
+// Columns from which threads share one Hessian's inverse, half a millisecond of work.
+constexpr int64_t kShared = 256;
+
 inline Outcome invert_hessians(const Hessians& given, double* inverse, double* pivots) {
+    if (given.groups < given.threads && given.cols >= kShared) {
+        InvertHessians solver(given.matrices, given.cols, inverse, pivots, given.threads);
+        std::atomic<bool> solved{true};
+        together(given.threads, [&](const Member& member) {
+            Progress progress(given.control);
+            for (int64_t group = 0; group < given.groups; ++group) {
+                if (!solver.part(member, group, progress)) {
+                    solved = false;
+                    return;
+                }
+                member.barrier.wait();
+            }
+        });
+        return solved ? kSolved : kStopped;
+    }
     return over_rows(given.groups, given.threads, given.control, [&] {
         return std::make_unique<InvertHessians>(given.matrices, given.cols, inverse, pivots);
     });

@@ -43,15 +43,7 @@ Outcome over_rows(int64_t rows, int64_t thread_count, Control* control, Make mak
             outcome.store(kNoMemory);
         }
     };
-    std::vector<std::thread> threads;
-    threads.reserve(size_t(thread_count));
-    try {
-        for (int64_t t = 1; t < thread_count && t < rows; ++t) threads.emplace_back(work);
-    } catch (const std::system_error&) {
-        // The threads that there are do all rows.
-    }
-    work();
-    for (std::thread& thread : threads) thread.join();
+    with_threads(std::min(rows, thread_count), [&](int64_t) { work(); }, [&](int64_t) { work(); });
     return Outcome(outcome.load());
 }
 

@@ -29,6 +29,7 @@ from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.magnitude import magnitude_mask
 from obc_deploy.solvers.nm_then_obq import QuantizedRows, nm_then_obq
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
+from obc_deploy.solvers.ordered_obq import ordered_obq_codes
 from obc_deploy.solvers.problems import (
     CheckedProblem,
     DampedProblem,
@@ -145,7 +146,7 @@ def solve_levels(
         dtype: "float32" or "float64", as in `solve`.
         device: as in `solve`.
         progress: called with the share of the work done.
-        settings: memory, update length, rounding; its dtype wins over `dtype`.
+        settings: memory, update length, shortcuts; its dtype wins over `dtype`.
 
     Raises:
         DeviceMemoryError: not even one row at a time fits the device.
@@ -159,7 +160,9 @@ def solve_levels(
     run = _solve_exactly if chosen == "exact_obs" else _solve_baseline
     home, there = problem.weight.device, torch_device(device)
     with threads_for(problem, there, settings) as theirs:
-        checked = check_problem(problem, needs_hessian=chosen in _NEED_HESSIAN, device=there)
+        checked = check_problem(
+            problem, needs_hessian=chosen in _NEED_HESSIAN, device=there, threads=theirs.threads
+        )
         rows, cols = checked.weight.shape
         for scheme in wanted:
             check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
@@ -225,7 +228,7 @@ def _solve_exactly(
     handed: dict[NM, list[Quantization]] = {}
     for each in patterns:
         if leaves and isinstance(each, NM):
-            fine = [q for q in grids[each] if settings.rounding and q.weight_bits >= FINE_BITS]
+            fine = [q for q in grids[each] if settings.shortcuts and q.weight_bits >= FINE_BITS]
             if len(fine) < len(grids[each]):
                 handed[each] = [q for q in grids[each] if q not in fine]
                 grids[each] = fine
@@ -273,7 +276,9 @@ def _quantize(
     # Of the rows as they are now: survivors have grown to stand in for what was pruned.
     of_now = problem.weight if pattern is None else rows.weight
     grid = find_grid(of_now, quantization, threads=settings.threads)
-    if settings.rounding:
+    if settings.shortcuts and quantization.weight_bits >= FINE_BITS:
+        if pattern is None:
+            return QuantizedRows(ordered_obq_codes(checked, grid, progress), grid)
         codes = rtn_codes(of_now, rows.mask, grid)
         if rounding_suffices(checked, of_now, grid, codes):
             return QuantizedRows(codes, grid)

@@ -64,7 +64,7 @@ class Work:
         visits: weights looked at, summed over all steps.
         solves: floating-point operations of double-precision solves.
         inverses: floating-point operations of double-precision inverses and error sums.
-        factors: the same of the layer's own Hessian, which one thread inverts.
+        factors: the same of the layer's own Hessian's inverse.
         searched: weights whose grid is searched for.
         calls: schemes.
     """
@@ -119,8 +119,9 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
             continue
         quantized.add((scheme.pattern, grid))
         total += Work(searched=rows * cols)
-        if settings.rounding and grid.weight_bits >= FINE_BITS:
-            total += Work(inverses=2 * of_error)
+        if settings.shortcuts and grid.weight_bits >= FINE_BITS:
+            dense = scheme.pattern is None
+            total += Work(inverses=2 * rows * cols**2 + cols**3 / 3 if dense else 2 * of_error)
             continue
         if scheme.pattern is None:
             total += run(cols)
@@ -163,16 +164,17 @@ class SolverRates:
     call: float
 
     def seconds(self, work: Work, threads: int = 1) -> float:
-        """The time that so many threads take; the layer's own Hessian is one thread's work."""
-        of_rows = (
+        """The time that so many threads take."""
+        alone = (
             work.updates / self.updates
             + work.visits / self.visits
             + work.solves / (_DOUBLE_SHARE * self.doubles)
             + work.inverses / (_INVERSE_SHARE * self.doubles)
             + work.searched / self.searches
+            + work.factors / self.factors
             + work.calls * self.call
         )
-        return of_rows / threads + work.factors / self.factors
+        return alone / threads
 
 
 def measure_rates(cols: int, settings: SolverSettings) -> SolverRates:

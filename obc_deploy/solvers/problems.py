@@ -36,6 +36,7 @@ class CheckedProblem:
         damping: relative damping.
         channels: columns at one kernel position.
         name: the layer's name.
+        threads: CPU threads of its inverse and errors; None: as many as torch uses.
     """
 
     weight: torch.Tensor
@@ -43,11 +44,12 @@ class CheckedProblem:
     damping: float
     channels: int
     name: str
+    threads: int | None = None
 
     @cached_property
     def output_energy(self) -> float:
         """tr(W H Wᵀ), what errors are shares of; without a Hessian H = I."""
-        return _output_energy(self.weight, self.hessian)
+        return _output_energy(self.weight, self.hessian, self.threads)
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,15 @@ def check_scheme(
 
 
 def check_problem(
-    problem: LayerProblem, *, needs_hessian: bool, device: torch.device
+    problem: LayerProblem, *, needs_hessian: bool, device: torch.device, threads: int | None = None
 ) -> CheckedProblem:
     """The problem in float64 on `device`, after every check that needs no factorization.
+
+    Args:
+        problem: as given.
+        needs_hessian: whether the method reads the Hessian.
+        device: where the work will be done.
+        threads: as in CheckedProblem.
 
     Raises:
         ProblemError: wrong shapes, no rows or columns, values that are not finite, a Hessian that
@@ -133,7 +141,7 @@ def check_problem(
             "use method='magnitude' or 'rtn'"
         )
     hessian = None if given is None else _checked_hessian(given, weight, name)
-    return CheckedProblem(weight.clone(), hessian, problem.damping, channels, name)
+    return CheckedProblem(weight.clone(), hessian, problem.damping, channels, name, threads)
 
 
 def _checked_weight(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -203,18 +211,54 @@ def damp(problem: CheckedProblem, *, compiled: bool = True) -> DampedProblem:
         ProblemError: the damped Hessian is singular; the message names the smallest damping, among
             powers of ten, that works in float32.
     """
+    damped, dead = damp_hessian(problem)
+    rows, groups = problem.weight.shape[0], damped.shape[0]
+    group_of_row = torch.arange(groups, device=damped.device).repeat_interleave(rows // groups)
+    inverse = _inverse(damped, problem.threads, compiled=compiled)
+    if inverse is None:
+        raise ProblemError(_singular_message(problem))
+    weight = problem.weight.masked_fill(dead[group_of_row], 0.0)
+    return DampedProblem(weight, damped, inverse, group_of_row)
+
+
+def damp_hessian(problem: CheckedProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """H + damping · mean(diag H) · I, (groups, cols, cols), and which inputs are dead.
+
+    Raises:
+        ProblemError: there is no Hessian.
+    """
     hessian = problem.hessian
     if hessian is None:
         raise ProblemError(f"layer '{problem.name}': hessian is None; calibrate the layer first")
-    rows, groups = problem.weight.shape[0], hessian.shape[0]
-    dead = hessian.diagonal(dim1=1, dim2=2) == 0
-    group_of_row = torch.arange(groups, device=hessian.device).repeat_interleave(rows // groups)
-    damped = _damped(hessian, dead, problem.damping)
-    inverse = _inverse(damped, compiled=compiled)
-    if inverse is None:
-        raise ProblemError(_singular_message(problem, hessian, dead))
-    weight = problem.weight.masked_fill(dead[group_of_row], 0.0)
-    return DampedProblem(weight, damped, inverse, group_of_row)
+    dead = _dead(hessian)
+    return _damped(hessian, dead, problem.damping), dead
+
+
+def ordered_factor(
+    problem: CheckedProblem, damped: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """V of P H Pᵀ = V Vᵀ, upper triangular, P an order of the inputs: (groups, cols, cols).
+
+    Args:
+        problem: the layer.
+        damped: its damped Hessians.
+        order: (groups, cols) the inputs of each in that order.
+
+    Raises:
+        ProblemError: the damped Hessian is singular, as in `damp`.
+    """
+    # The Cholesky factor of the reverse order, in reverse.
+    last_first = order.flip(1)
+    turned = damped.gather(1, last_first[:, :, None].expand_as(damped))
+    turned = turned.gather(2, last_first[:, None].expand_as(damped))
+    factor = _factor(turned)
+    if factor is None:
+        raise ProblemError(_singular_message(problem))
+    return factor.flip(1, 2)
+
+
+def _dead(hessian: torch.Tensor) -> torch.Tensor:
+    return hessian.diagonal(dim1=1, dim2=2) == 0
 
 
 def _damped(hessian: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
@@ -227,10 +271,10 @@ def _damped(hessian: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.
     return damped
 
 
-def _inverse(damped: torch.Tensor, *, compiled: bool) -> torch.Tensor | None:
+def _inverse(damped: torch.Tensor, threads: int | None, *, compiled: bool) -> torch.Tensor | None:
     """The inverses, or None where a pivot is no more than rounding."""
     if compiled and native_hessians.is_native(damped.device):
-        inverse, pivots = native_hessians.inverses(damped)
+        inverse, pivots = native_hessians.inverses(damped, threads)
         return inverse if _is_regular(pivots, damped) else None
     factor = _factor(damped)
     # Symmetric, and laid out by columns: its transpose is the same matrix by rows, without a copy.
@@ -255,7 +299,9 @@ def _is_regular(pivots: torch.Tensor, damped: torch.Tensor, *, least_pivot: floa
     return bool((pivots > least * damped.diagonal(dim1=1, dim2=2)).all())
 
 
-def _singular_message(problem: CheckedProblem, hessian: torch.Tensor, dead: torch.Tensor) -> str:
+def _singular_message(problem: CheckedProblem) -> str:
+    assert problem.hessian is not None
+    hessian, dead = problem.hessian, _dead(problem.hessian)
     start = f"layer '{problem.name}': the Hessian is singular with damping={problem.damping:g}; "
     # What is named must leave float32 down-dating something to work with, so it is held to more.
     least = torch.finfo(torch.float32).eps
@@ -272,17 +318,20 @@ def relative_error(problem: CheckedProblem, compressed: torch.Tensor) -> float:
     Without a Hessian H = I: the relative squared error of the weight itself. A layer whose output
     is zero has error 0 where nothing changed it, and infinity otherwise.
     """
-    lost = _output_energy(problem.weight - compressed.to(torch.float64), problem.hessian)
+    off = problem.weight - compressed.to(torch.float64)
+    lost = _output_energy(off, problem.hessian, problem.threads)
     whole = problem.output_energy
     if whole > 0.0:
         return max(lost, 0.0) / whole
     return 0.0 if lost <= 0.0 else math.inf
 
 
-def _output_energy(weight: torch.Tensor, hessian: torch.Tensor | None) -> float:
+def _output_energy(
+    weight: torch.Tensor, hessian: torch.Tensor | None, threads: int | None
+) -> float:
     if hessian is None:
         return float(weight.square().sum())
     if native_hessians.is_native(hessian.device):
-        return native_hessians.output_energy(weight, hessian)
+        return native_hessians.output_energy(weight, hessian, threads)
     grouped = weight.reshape(hessian.shape[0], -1, weight.shape[1])
     return float(((grouped @ hessian) * grouped).sum())

@@ -1,7 +1,7 @@
-"""Whether rounding to nearest will do in place of OBQ, on the grid that OBQ would be given.
+"""Whether rounding what pruning left will do in place of OBQ, on the grid that OBQ would be given.
 
-OBQ takes as long as pruning does, and a grid of eight bits leaves it little to gain: what rounding
-loses by itself is less than what activations of eight bits lose.
+Pruned rows have an order and an inverse each, so there is no shorter way to OBQ than the one that
+takes as long as pruning did; and a grid of eight bits loses little beside what pruning has lost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def rounding_suffices(
 
     Args:
         problem: the dense layer, that errors are measured against.
-        pruned: (rows, cols) its weight after pruning, or as it is.
+        pruned: (rows, cols) its weight after pruning.
         grid: the rows' grids.
         codes: (rows, cols) the pruned weight rounded to them.
     """

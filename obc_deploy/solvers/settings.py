@@ -43,7 +43,9 @@ class SolverSettings:
         triton: whether Triton kernels take the steps between two updates of the inverses; None: on
             CUDA devices, where Triton works.
         threads: CPU threads that rows are spread over; None: as many as torch uses.
-        rounding: whether weights are rounded where OBQ has next to nothing to gain (`rounding`).
+        shortcuts: whether grids of eight bits take them: one order for all rows of a dense layer
+            (`ordered_obq`), and rounding of pruned rows that lose next to nothing by it
+            (`rounding`).
     """
 
     dtype: torch.dtype = torch.float32
@@ -52,7 +54,7 @@ class SolverSettings:
     native: bool | None = None
     triton: bool | None = None
     threads: int | None = None
-    rounding: bool = False
+    shortcuts: bool = False
 
     def __post_init__(self) -> None:
         if self.lazy is not None and (self.lazy < BLOCK_SIZE or self.lazy % BLOCK_SIZE):

@@ -20,8 +20,9 @@ from obc_deploy.solvers.dispatch import (
 )
 from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
+from obc_deploy.solvers.ordered_obq import ordered_obq_codes
 from obc_deploy.solvers.problems import check_problem, check_scheme, damp, relative_error
-from obc_deploy.solvers.rounding import rounding_suffices
+from obc_deploy.solvers.rounding import FINE_BITS, rounding_suffices
 from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, precision
 
@@ -51,7 +52,8 @@ def quantize_pruned(
 ) -> CompressedLayer[torch.Tensor]:
     """Codes for a pruned layer; what was pruned stays exactly zero.
 
-    They are rounded where that loses next to nothing (`rounding_suffices`), and OBQ's elsewhere.
+    Pruned rows are rounded where that loses next to nothing (`rounding_suffices`); dense ones of
+    eight bits are quantized in one order for all rows (`ordered_obq`); elsewhere it is OBQ.
 
     Args:
         problem: the dense layer, rows scaled as the pruned ones are; its error is measured against.
@@ -71,7 +73,9 @@ def quantize_pruned(
     exact = needs_hessian(method)
     there, report = torch_device(device), progress or (lambda _: None)
     with threads_for(problem, there, SolverSettings(dtype=precision(dtype))) as settings:
-        checked = check_problem(problem, needs_hessian=exact, device=there)
+        checked = check_problem(
+            problem, needs_hessian=exact, device=there, threads=settings.threads
+        )
         rows, cols = checked.weight.shape
         check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
         quantization = scheme.quantization
@@ -86,13 +90,13 @@ def quantize_pruned(
             grid = find_grid(weight, quantization, shrink=exact, threads=settings.threads)
         codes = rtn_codes(weight, mask, grid)
         with within_memory(checked):
-            if exact and not rounding_suffices(checked, weight, grid, codes):
-                if scheme.pattern is None:
-                    codes = obq_codes(damp(checked), grid, settings, report)
+            if exact and scheme.pattern is None:
+                if quantization.weight_bits >= FINE_BITS:
+                    codes = ordered_obq_codes(checked, grid, report)
                 else:
-                    codes = obq_codes_of_survivors(
-                        damp(checked), weight, mask, grid, settings, report
-                    )
+                    codes = obq_codes(damp(checked), grid, settings, report)
+            elif exact and not rounding_suffices(checked, weight, grid, codes):
+                codes = obq_codes_of_survivors(damp(checked), weight, mask, grid, settings, report)
         report(1.0)
         dequantized = grid.dequantize(codes)
         error = relative_error(checked, dequantized)

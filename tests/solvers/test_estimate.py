@@ -90,14 +90,15 @@ def test_compiled_rows_eliminate_what_is_pruned_where_most_survives(sparsity, el
     assert both.inverses == pytest.approx(errors + (0 if eliminated else 3 * TRACE * left))
 
 
-def test_where_rounding_will_do_there_is_no_trace():
+def test_shortcuts_of_eight_bits_take_no_trace():
     schemes = tuple(as_scheme(text) for text in ("w8", "block4@0.5", "block4@0.5+w8", "w4"))
     shape = LayerShape(ROWS, COLS, schemes)
-    rounded = layer_work(shape, SolverSettings(native=False, rounding=True))
-    assert rounded.updates == pytest.approx(2 * TRACE)
-    assert rounded.searched == 3 * ROWS * COLS
-    # Four errors of forms, and two for each of the two rounded ones to decide by.
-    assert rounded.inverses == pytest.approx(2 * 8 * ROWS * COLS**2)
+    brief = layer_work(shape, SolverSettings(native=False, shortcuts=True))
+    assert brief.updates == pytest.approx(2 * TRACE)
+    assert brief.searched == 3 * ROWS * COLS
+    # Four errors of forms, two more to decide by, each two products; products and one factor.
+    products = 2 * (4 + 2) + 2
+    assert brief.inverses == pytest.approx(products * ROWS * COLS**2 + COLS**3 / 3)
 
 
 def test_works_add_up():

@@ -49,6 +49,20 @@ def test_inverses_and_pivots(instruction_set, groups, cols):
     np.testing.assert_allclose(pivots, diagonal**2, rtol=1e-10)
 
 
+@pytest.mark.parametrize(("groups", "cols"), [(1, 256), (1, 293), (2, 320), (1, 577), (3, 256)])
+def test_threads_share_an_inverse_and_change_nothing(instruction_set, groups, cols):
+    given_ = torch.from_numpy(hessians(cols, groups, cols, cols + 3))
+    found = {}
+    for threads in (1, 2, 3, 5):
+        with torch_threads(threads):
+            found[threads] = native_hessians.inverses(given_)
+    wanted = np.linalg.inv(given_.numpy())
+    np.testing.assert_allclose(found[1][0], wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
+    for inverse, pivots in found.values():
+        assert torch.equal(inverse, found[1][0])
+        assert torch.equal(pivots, found[1][1])
+
+
 @pytest.mark.parametrize(("groups", "cols"), SIZES)
 @pytest.mark.parametrize("rows", [1, 5, 32, 33, 70])
 def test_energies(instruction_set, groups, cols, rows):
@@ -99,7 +113,8 @@ def test_what_has_no_inverse_is_refused_alike(compiled, kind):
         damp(checked, compiled=compiled)
 
 
-def test_long_work_is_interrupted():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_work_is_interrupted(threads):
     """A large inverse runs beside the thread that takes signals, and gives up between blocks."""
     cols = 1536
     given_ = torch.eye(cols, dtype=torch.float64)[None]
@@ -117,7 +132,7 @@ def test_long_work_is_interrupted():
         patch.setattr(
             native, "run", lambda call, control, work, _: run(call, control, work, impatient)
         )
-        with pytest.raises(ImpatientError):
+        with torch_threads(threads), pytest.raises(ImpatientError):
             native_hessians.inverses(given_)
     assert time.perf_counter() - stopped[0] < 1.0
     assert not [each for each in threading.enumerate() if each.name == "native solver"]
