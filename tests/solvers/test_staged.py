@@ -48,10 +48,23 @@ def test_eight_bits_are_rounded_where_pruning_lost_far_more(problem, pattern: st
 
 
 def test_eight_bits_are_rounded_where_that_adds_less_than_activations_do(problem) -> None:
-    """Hardly pruned: rounding is most of the error, and still next to nothing."""
-    pruned, found, rounded = both(problem, "unstructured@0.05+w8a8")
+    """Hardly pruned, of an even spread: rounding is most of the error, and still next to nothing."""
+    even = torch.rand(ROWS, COLS, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    hessian = torch.eye(COLS, dtype=torch.float64)
+    spread = replace(problem, weight=even, hessian=hessian)
+    pruned, found, rounded = both(spread, "unstructured@0.05+w8a8")
     assert torch.equal(found.codes.long(), rounded.long())
     assert ROUNDING_FACTOR * pruned.error < found.error <= pruned.error + ROUNDING_ERROR
+
+
+def test_eight_bits_are_left_to_obq_where_little_was_pruned_and_rounding_loses_more(
+    problem,
+) -> None:
+    pruned, found, rounded = both(problem, "unstructured@0.05+w8a8")
+    assert not torch.equal(found.codes.long(), rounded.long())
+    rounding = (rounded - found.zero_point) * found.scale
+    assert found.error < relative_error(checked(problem), rounding)
+    assert relative_error(checked(problem), rounding) > pruned.error + ROUNDING_ERROR
 
 
 @pytest.mark.parametrize("pattern", ["block4@0.75", "2:4"])
@@ -93,7 +106,7 @@ def grid_of(form: CompressedLayer, bits: int) -> Grid:
 
 
 SCHEMES = (
-    "w8", "w4", "2:4+w8", "2:4+w4", "block4@0.75+w8", "block4@0.75+w3", "unstructured@0.05+w8",
+    "w8", "w4", "2:4+w8", "2:4+w4", "block4@0.75+w8", "block4@0.75+w3", "unstructured@0.8+w8",
 )  # fmt: skip
 
 
