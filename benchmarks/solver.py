@@ -5,8 +5,8 @@
 
 The first solves two layer problems with each solver in turn, several times over, and writes
 `results/solver.json` and `.md`; the plain reference does some of the rows, so all times are given
-per row. The second makes the whole database of a network's layers, every distinct shape once, and
-writes `results/solver-<network>.json` and `.md`.
+per row. The second makes the whole database of a network's layers, every distinct shape once, as a
+build solves them, and writes `results/solver-<network>.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from obc_deploy import native
 from obc_deploy.benchmarks.record import RESULTS, take_record
 from obc_deploy.database.levels import BLOCK4_LEVELS, UNSTRUCTURED_LEVELS, sparsity_grid
+from obc_deploy.database.plan import solver_settings
 from obc_deploy.schemes import Quantization, as_scheme
 from obc_deploy.solvers import LayerProblem, SolverSettings, solve_levels
 from obc_deploy.solvers.grids import find_grid
@@ -326,13 +327,14 @@ def vgg16_cifar_shapes() -> dict[tuple[int, int, int], int]:
 def database(
     shapes: dict[tuple[int, int, int], int], say: Callable[[str], None]
 ) -> list[LayerTime]:
-    """Solve every level of each distinct shape once."""
+    """Solve every level of each distinct shape once, by the settings of a build."""
+    settings = solver_settings("float32")
     times = []
     for (rows, cols, channels), count in sorted(shapes.items(), key=lambda item: item[0][1]):
         problem = replace(layer_problem(rows, cols), channels=channels)
         schemes = database_schemes(cols, channels)
         begin = time.perf_counter()
-        solve_levels(problem, schemes)
+        solve_levels(problem, schemes, settings=settings)
         seconds = time.perf_counter() - begin
         say(f"{rows}x{cols}: {len(schemes)} levels in {seconds:.1f} s, {count} such layers")
         times.append(LayerTime(rows, cols, count, len(schemes), seconds))
@@ -378,7 +380,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"# Database of {wanted}\n\n{head}, {options.threads} threads.\n\n"
             "Each distinct shape was solved once, on a made-up problem of that shape; the sum "
             f"counts it as often as the network has it: **{total / 60:.1f} minutes**, peak memory "
-            f"{memory / 2**30:.1f} GiB.\n\n| layer | layers | levels | seconds each |\n"
+            f"{memory / 2**30:.1f} GiB. As in a build, 8 bits of dense layers have one order for "
+            "all rows, and of pruned ones are rounded where that loses next to nothing; all else "
+            "is ExactOBS and OBQ.\n\n| layer | layers | levels | seconds each |\n"
             f"|---|---|---|---|\n{rows}\n"
         )
         name = f"solver-{wanted.replace('_', '-')}"

@@ -6,9 +6,11 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 HEAVY = ("torch", "onnx", "onnxruntime", "matplotlib", "numpy")
 COMMAND = ("-m", "obc_deploy")
@@ -66,6 +68,15 @@ def test_an_error_is_one_line(variables: dict[str, str], tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Children take interrupts, also where this process ignores them, as background jobs do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_interrupted_work_leaves_no_run(variables: dict[str, str], tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(64, 1536)))
     command = [

@@ -48,7 +48,7 @@ def test_eight_bits_are_rounded_where_pruning_lost_far_more(problem, pattern: st
 
 
 def test_eight_bits_are_rounded_where_that_adds_less_than_activations_do(problem) -> None:
-    """Hardly pruned, of an even spread: rounding is most of the error, and still next to nothing."""
+    """Hardly pruned, evenly spread: rounding is most of the error, and still next to nothing."""
     even = torch.rand(ROWS, COLS, generator=torch.Generator().manual_seed(0)) * 2 - 1
     hessian = torch.eye(COLS, dtype=torch.float64)
     spread = replace(problem, weight=even, hessian=hessian)
