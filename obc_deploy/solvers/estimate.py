@@ -36,6 +36,8 @@ _DOUBLE_SHARE = 0.35
 """Rate of the double-precision solves, gathering included, as a share of the rank update's."""
 _INVERSE_SHARE = 0.5
 """The same for inverses of survivors."""
+_COLUMN_CALLS = 0.05
+"""Schemes' calls that a column in one order for all rows takes in torch besides its products."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,11 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
         quantized.add((scheme.pattern, grid))
         total += Work(searched=rows * cols)
         if settings.shortcuts and grid.weight_bits >= FINE_BITS:
-            dense = scheme.pattern is None
-            total += Work(inverses=2 * rows * cols**2 + cols**3 / 3 if dense else 2 * of_error)
+            if scheme.pattern is None:
+                products = 2 * rows * cols**2 + cols**3 / 3
+                total += Work(inverses=products, calls=_COLUMN_CALLS * cols)
+            else:
+                total += Work(inverses=2 * of_error)
             continue
         if scheme.pattern is None:
             total += run(cols)

@@ -99,6 +99,7 @@ def test_shortcuts_of_eight_bits_take_no_trace():
     # Four errors of forms, two more to decide by, each two products; products and one factor.
     products = 2 * (4 + 2) + 2
     assert brief.inverses == pytest.approx(products * ROWS * COLS**2 + COLS**3 / 3)
+    assert brief.calls == pytest.approx(4 + COLS / 20)
 
 
 def test_works_add_up():
