@@ -24,8 +24,7 @@ from obc_deploy.sequential import corrected_weight, sequential_statistics
 from obc_deploy.solvers import needs_hessian, solve_levels
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem
 from obc_deploy.solvers.estimate import LayerShape, estimate_seconds, operations
-from obc_deploy.solvers.rounding import FINE_BITS
-from obc_deploy.solvers.settings import SolverSettings, precision
+from obc_deploy.solvers.settings import FINE_BITS, SolverSettings, precision
 from obc_deploy.solvers.staged import quantize_pruned
 from obc_deploy.statistics_correction import correct_outputs
 from obc_deploy.targets import Target

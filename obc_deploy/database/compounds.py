@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from obc_deploy.schemes import Scheme
-from obc_deploy.solvers.rounding import FINE_BITS
+from obc_deploy.solvers.settings import FINE_BITS
 
 
 def stored_form(choice: Scheme) -> Scheme:

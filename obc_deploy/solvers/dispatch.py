@@ -38,7 +38,7 @@ from obc_deploy.solvers.problems import (
     damp,
     relative_error,
 )
-from obc_deploy.solvers.rounding import FINE_BITS, rounding_suffices
+from obc_deploy.solvers.rounding import rounding_suffices
 from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, part_of, precision, torch_beside_rows
 
@@ -227,11 +227,10 @@ def _solve_exactly(
     leaves = compiled and native_rows.leaves_precise_inverses(problem, settings)
     handed: dict[NM, list[Quantization]] = {}
     for each in patterns:
-        if leaves and isinstance(each, NM):
-            fine = [q for q in grids[each] if settings.shortcuts and q.weight_bits >= FINE_BITS]
-            if len(fine) < len(grids[each]):
-                handed[each] = [q for q in grids[each] if q not in fine]
-                grids[each] = fine
+        by_obq = [q for q in grids[each] if not settings.takes_shortcut(q)]
+        if leaves and isinstance(each, NM) and by_obq:
+            handed[each] = by_obq
+            grids[each] = [q for q in grids[each] if settings.takes_shortcut(q)]
     others = [pattern for pattern in patterns if pattern not in handed]
     jobs = len(handed) + bool(others) + sum(map(len, grids.values()))
     spans = iter(_spans(max(jobs, 1)))
@@ -276,7 +275,7 @@ def _quantize(
     # Of the rows as they are now: survivors have grown to stand in for what was pruned.
     of_now = problem.weight if pattern is None else rows.weight
     grid = find_grid(of_now, quantization, threads=settings.threads)
-    if settings.shortcuts and quantization.weight_bits >= FINE_BITS:
+    if settings.takes_shortcut(quantization):
         if pattern is None:
             return QuantizedRows(ordered_obq_codes(checked, grid, progress), grid)
         codes = rtn_codes(of_now, rows.mask, grid)

@@ -26,7 +26,6 @@ from obc_deploy.solvers.exact_obs import (
 )
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.problems import check_problem, damp
-from obc_deploy.solvers.rounding import FINE_BITS
 from obc_deploy.solvers.settings import SolverSettings, torch_threads
 
 _PROBE_ROWS, _PROBE_COLS = 16, 384
@@ -121,7 +120,7 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
             continue
         quantized.add((scheme.pattern, grid))
         total += Work(searched=rows * cols)
-        if settings.shortcuts and grid.weight_bits >= FINE_BITS:
+        if settings.takes_shortcut(grid):
             if scheme.pattern is None:
                 products = 2 * rows * cols**2 + cols**3 / 3
                 total += Work(inverses=products, calls=_COLUMN_CALLS * cols)

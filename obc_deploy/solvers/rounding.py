@@ -17,8 +17,6 @@ ROUNDING_ERROR = 2e-5
 """Nor is it where it adds less than this share of the outputs' energy, what activations of eight
 bits add to a layer of an ImageNet MobileNet. A layer that is hardly pruned has lost so little that
 the factor alone would not say so, and has most to quantize."""
-FINE_BITS = 8
-"""Bits from which that is to be expected, where each row has a grid step of its own."""
 
 
 def rounding_suffices(

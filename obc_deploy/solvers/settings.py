@@ -14,12 +14,14 @@ import torch
 
 from obc_deploy.device_memory import available_memory
 from obc_deploy.errors import ProblemError
-from obc_deploy.schemes import BLOCK_SIZE
+from obc_deploy.schemes import BLOCK_SIZE, Quantization
 from obc_deploy.solvers.contract import Progress
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
+FINE_BITS = 8
+"""Bits of weights from which a grid may be solved by shortcuts."""
 _WORTH_THREADS = 1 << 22
 """Entries of all inverses together from which threads of their own pay."""
 _NARROW = 640
@@ -43,7 +45,7 @@ class SolverSettings:
         triton: whether Triton kernels take the steps between two updates of the inverses; None: on
             CUDA devices, where Triton works.
         threads: CPU threads that rows are spread over; None: as many as torch uses.
-        shortcuts: whether grids of eight bits take them: one order for all rows of a dense layer
+        shortcuts: whether grids of FINE_BITS take them: one order for all rows of a dense layer
             (`ordered_obq`), and rounding of pruned rows that lose next to nothing by it
             (`rounding`).
     """
@@ -68,6 +70,10 @@ class SolverSettings:
     def update_length(self, *, wide: bool = False) -> int:
         """`lazy`, or what was found fastest: twice as many for inverses beyond the cache."""
         return self.lazy or (2 * _LAZY if wide else _LAZY)
+
+    def takes_shortcut(self, quantization: Quantization) -> bool:
+        """Whether a grid is solved by a shortcut where there is one."""
+        return self.shortcuts and quantization.weight_bits >= FINE_BITS
 
     def workers(self, rows: int, cols: int) -> int:
         """CPU threads that a layer's rows are worth."""

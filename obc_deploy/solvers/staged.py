@@ -22,7 +22,7 @@ from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
 from obc_deploy.solvers.ordered_obq import ordered_obq_codes
 from obc_deploy.solvers.problems import check_problem, check_scheme, damp, relative_error
-from obc_deploy.solvers.rounding import FINE_BITS, rounding_suffices
+from obc_deploy.solvers.rounding import rounding_suffices
 from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, precision
 
@@ -70,9 +70,9 @@ def quantize_pruned(
         ProblemError: as in `solve`.
         SchemeError: as in `solve`, or the scheme has no quantization.
     """
-    exact = needs_hessian(method)
+    exact, wanted = needs_hessian(method), SolverSettings(dtype=precision(dtype), shortcuts=True)
     there, report = torch_device(device), progress or (lambda _: None)
-    with threads_for(problem, there, SolverSettings(dtype=precision(dtype))) as settings:
+    with threads_for(problem, there, wanted) as settings:
         checked = check_problem(
             problem, needs_hessian=exact, device=there, threads=settings.threads
         )
@@ -91,7 +91,7 @@ def quantize_pruned(
         codes = rtn_codes(weight, mask, grid)
         with within_memory(checked):
             if exact and scheme.pattern is None:
-                if quantization.weight_bits >= FINE_BITS:
+                if settings.takes_shortcut(quantization):
                     codes = ordered_obq_codes(checked, grid, report)
                 else:
                     codes = obq_codes(damp(checked), grid, settings, report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from devices import CUDA
 from test_native import case, layer
 
 from obc_deploy.solvers import SolverSettings, solve_levels
@@ -13,13 +14,6 @@ from obc_deploy.solvers.exact_obs import trace_blocks, trace_weights
 from obc_deploy.solvers.problems import check_problem, damp
 
 LEVELS = [0.0, *(1 - 0.8**k for k in range(1, 21)), 1.0]
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ],
-)
 SHAPES = [(6, 44), (4, 100, 4), (3, 72, 1, 4), (2, 8), (4, 36, 1, 0, 1), (6, 1)]
 
 

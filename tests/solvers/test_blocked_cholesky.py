@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import CUDA
 
 from obc_deploy.solvers.blocked_cholesky import (
     backward_in_place,
     factor_in_place,
     forward_in_place,
-)
-
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ],
 )
 
 

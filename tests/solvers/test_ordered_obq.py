@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from devices import CUDA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,17 +15,6 @@ from obc_deploy.solvers import LayerProblem, native_hessians
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.ordered_obq import ordered_obq_codes
 from obc_deploy.solvers.problems import check_problem, damp, relative_error
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
 
 
 def made(rows, cols, groups=1, *, samples=None, seed=0, dead=()):
@@ -65,7 +55,7 @@ def reference(problem, grid):
     return torch.from_numpy(codes).to(torch.int8)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("text", [(8, None, False), (4, None, True), (8, 4, True), (3, 8, False)])
 @pytest.mark.parametrize(
     ("rows", "cols", "groups"), [(5, 24, 1), (3, 72, 1), (2, 8, 6), (4, 136, 2)]

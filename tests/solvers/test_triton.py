@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from devices import CUDA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact import make_problem, problems
@@ -34,13 +35,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture(
     params=[
         pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="compiled here")),
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
+        CUDA,
     ]
 )
 def device(request):
