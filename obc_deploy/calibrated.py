@@ -13,7 +13,7 @@ from obc_deploy.augmentation import augmented
 from obc_deploy.calibration import HESSIAN_MEMORY, LayerStatistics, collect_hessians
 from obc_deploy.capture import Network, capture, input_names, recapture
 from obc_deploy.corrections import Moments
-from obc_deploy.data import Preprocessing, Samples, as_samples
+from obc_deploy.data import Batches, Preprocessing, Samples, as_samples
 from obc_deploy.device_memory import available_memory, limit_device_memory
 from obc_deploy.errors import CalibrationError
 from obc_deploy.folding import fold_batch_norms
@@ -76,6 +76,10 @@ class CalibratedModel:
     )
     moments: dict[str, Moments] = field(default_factory=dict, repr=False)
 
+    def batches(self) -> Batches:
+        """The samples as they run through the network."""
+        return self.samples.batches(self.batch_size, exact=not self.network.dynamic_batch)
+
     def hessians(
         self, layers: Sequence[Layer], dtype: torch.dtype, progress: Stage
     ) -> Mapping[str, LayerStatistics]:
@@ -85,7 +89,7 @@ class CalibratedModel:
             collect_hessians(
                 self.network,
                 missing,
-                self.samples.batches(self.batch_size, exact=not self.network.dynamic_batch),
+                self.batches(),
                 dtype=dtype,
                 memory=self._hessian_memory(),
                 visit=lambda layer, found: self.statistics.__setitem__(layer.name, found.on_cpu()),

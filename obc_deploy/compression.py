@@ -340,11 +340,8 @@ def _ranges(
     say: Stage,
 ) -> dict[str, ActivationRange]:
     network.module.to(calibrated.device)
-    batches = calibrated.samples.batches(
-        calibrated.batch_size, exact=not calibrated.network.dynamic_batch
-    )
     found = collect_ranges(
-        network, points, batches, method=method,
+        network, points, calibrated.batches(), method=method,
         progress=lambda share: say("measuring activation ranges", share),
     )  # fmt: skip
     network.module.to("cpu")

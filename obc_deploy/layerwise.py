@@ -129,9 +129,7 @@ class Layerwise:
     def _reestimate(self, network: Network) -> int:
         if not self.bn_reestimate or not find_batch_norms(network.module):
             return 0
-        batches = self.calibrated.samples.batches(
-            self.calibrated.batch_size, exact=not network.dynamic_batch
-        )
+        batches = self.calibrated.batches()
         reference = self.calibrated.moments
         if not reference:
             self.say("re-estimating batch norm", 0.0)
@@ -154,9 +152,8 @@ class Layerwise:
         if not self.bn_reestimate:
             return dict(forms)
         calibrated = self.calibrated
-        batches = calibrated.samples.batches(calibrated.batch_size, exact=not network.dynamic_batch)
         return correct_outputs(
-            calibrated.network, network, calibrated.layers, forms, batches,
+            calibrated.network, network, calibrated.layers, forms, calibrated.batches(),
             progress=lambda share: self.say("correcting output statistics", share),
         )  # fmt: skip
 
@@ -232,13 +229,7 @@ class Layerwise:
                 f"sequential mode corrects layers by their Hessians, which method '{self.method}' "
                 "does not read; use method 'exact_obs', or leave sequential mode out"
             )
-        pair = PairedNetworks(
-            calibrated.network,
-            network,
-            calibrated.samples.batches(
-                calibrated.batch_size, exact=not calibrated.network.dynamic_batch
-            ),
-        )
+        pair = PairedNetworks(calibrated.network, network, calibrated.batches())
         forms: dict[str, CompressedLayer[Tensor]] = {}
         statistics: dict[str, LayerStatistics] = {}
         work = [layer.rows * float(layer.cols) ** 2 for layer in active]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from obc_deploy.solvers.contract import LayerProblem
 
-SOLVER_VERSION = "2"
+SOLVER_VERSION = "3"
 """Raised when a solver's results change: levels of another version are solved again."""
 
 

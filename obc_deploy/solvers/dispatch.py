@@ -17,6 +17,7 @@ import torch
 from obc_deploy.errors import DeviceMemoryError, ProblemError
 from obc_deploy.schemes import NM, Pattern, Quantization, Scheme, as_scheme
 from obc_deploy.solvers import native_rows
+from obc_deploy.solvers.codes import codes_of
 from obc_deploy.solvers.contract import (
     DEFAULT_DAMPING,
     ArrayT,
@@ -28,8 +29,6 @@ from obc_deploy.solvers.exact_obs import PrunedRows, exact_obs
 from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.magnitude import magnitude_mask
 from obc_deploy.solvers.nm_then_obq import QuantizedRows, nm_then_obq
-from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
-from obc_deploy.solvers.ordered_obq import ordered_obq_codes
 from obc_deploy.solvers.problems import (
     CheckedProblem,
     DampedProblem,
@@ -38,7 +37,6 @@ from obc_deploy.solvers.problems import (
     damp,
     relative_error,
 )
-from obc_deploy.solvers.rounding import rounding_suffices
 from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, part_of, precision, torch_beside_rows
 
@@ -275,16 +273,8 @@ def _quantize(
     # Of the rows as they are now: survivors have grown to stand in for what was pruned.
     of_now = problem.weight if pattern is None else rows.weight
     grid = find_grid(of_now, quantization, threads=settings.threads)
-    if settings.takes_shortcut(quantization):
-        if pattern is None:
-            return QuantizedRows(ordered_obq_codes(checked, grid, progress), grid)
-        codes = rtn_codes(of_now, rows.mask, grid)
-        if rounding_suffices(checked, of_now, grid, codes):
-            return QuantizedRows(codes, grid)
-    if pattern is None:
-        codes = obq_codes(problem, grid, settings, progress)
-    else:
-        codes = obq_codes_of_survivors(problem, rows.weight, rows.mask, grid, settings, progress)
+    pruned = None if pattern is None else rows
+    codes = codes_of(checked, lambda: problem, pruned, quantization, grid, settings, progress)
     return QuantizedRows(codes, grid)
 
 

@@ -21,7 +21,7 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 FINE_BITS = 8
-"""Bits of weights from which a grid may be solved by shortcuts."""
+"""Bits of weights from which layers are quantized by shortcuts as a rule."""
 _WORTH_THREADS = 1 << 22
 """Entries of all inverses together from which threads of their own pay."""
 _NARROW = 640
@@ -45,9 +45,9 @@ class SolverSettings:
         triton: whether Triton kernels take the steps between two updates of the inverses; None: on
             CUDA devices, where Triton works.
         threads: CPU threads that rows are spread over; None: as many as torch uses.
-        shortcuts: whether grids of FINE_BITS take them: one order for all rows of a dense layer
-            (`ordered_obq`), and rounding of pruned rows that lose next to nothing by it
-            (`rounding`).
+        shortcuts: whether codes are found in shorter ways than OBQ where they lose next to nothing:
+            one order for all rows of a dense layer of FINE_BITS or more (`ordered_obq`), and
+            rounding of pruned rows (`rounding`).
     """
 
     dtype: torch.dtype = torch.float32
@@ -72,7 +72,7 @@ class SolverSettings:
         return self.lazy or (2 * _LAZY if wide else _LAZY)
 
     def takes_shortcut(self, quantization: Quantization) -> bool:
-        """Whether a grid is solved by a shortcut where there is one."""
+        """Whether a dense layer takes one order for all rows; pruned ones are rounded as a rule."""
         return self.shortcuts and quantization.weight_bits >= FINE_BITS
 
     def workers(self, rows: int, cols: int) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from obc_deploy.errors import SchemeError
 from obc_deploy.schemes import Quantization, Scheme
+from obc_deploy.solvers.codes import codes_of
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem, Progress
 from obc_deploy.solvers.dispatch import (
     needs_hessian,
@@ -18,11 +19,9 @@ from obc_deploy.solvers.dispatch import (
     torch_device,
     within_memory,
 )
+from obc_deploy.solvers.exact_obs import PrunedRows
 from obc_deploy.solvers.grids import Grid, find_grid
-from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
-from obc_deploy.solvers.ordered_obq import ordered_obq_codes
 from obc_deploy.solvers.problems import check_problem, check_scheme, damp, relative_error
-from obc_deploy.solvers.rounding import rounding_suffices
 from obc_deploy.solvers.rtn import rtn_codes
 from obc_deploy.solvers.settings import SolverSettings, precision
 
@@ -52,8 +51,7 @@ def quantize_pruned(
 ) -> CompressedLayer[torch.Tensor]:
     """Codes for a pruned layer; what was pruned stays exactly zero.
 
-    Pruned rows are rounded where that loses next to nothing (`rounding_suffices`); dense ones of
-    eight bits are quantized in one order for all rows (`ordered_obq`); elsewhere it is OBQ.
+    With the shortcuts of `codes_of`.
 
     Args:
         problem: the dense layer, rows scaled as the pruned ones are; its error is measured against.
@@ -88,15 +86,14 @@ def quantize_pruned(
             grid = shared_grid(weight, quantization, shrink=exact)
         else:
             grid = find_grid(weight, quantization, shrink=exact, threads=settings.threads)
-        codes = rtn_codes(weight, mask, grid)
         with within_memory(checked):
-            if exact and scheme.pattern is None:
-                if settings.takes_shortcut(quantization):
-                    codes = ordered_obq_codes(checked, grid, report)
-                else:
-                    codes = obq_codes(damp(checked), grid, settings, report)
-            elif exact and not rounding_suffices(checked, weight, grid, codes):
-                codes = obq_codes_of_survivors(damp(checked), weight, mask, grid, settings, report)
+            if exact:
+                rows_left = None if scheme.pattern is None else PrunedRows(mask, weight)
+                codes = codes_of(
+                    checked, lambda: damp(checked), rows_left, quantization, grid, settings, report
+                )
+            else:
+                codes = rtn_codes(weight, mask, grid)
         report(1.0)
         dequantized = grid.dequantize(codes)
         error = relative_error(checked, dequantized)

@@ -107,7 +107,9 @@ def grid_of(form: CompressedLayer, bits: int) -> Grid:
 
 SCHEMES = (
     "w8", "w4", "2:4+w8", "2:4+w4", "block4@0.75+w8", "block4@0.75+w3", "unstructured@0.8+w8",
+    "unstructured@0.8+w6",
 )  # fmt: skip
+BY_OBQ = ("w4", "2:4+w4", "block4@0.75+w3")
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -118,11 +120,12 @@ def test_levels_of_a_database_take_the_same_shortcuts(problem, native: bool) -> 
     for text, by_obq, form in zip(SCHEMES, exact, found, strict=True):
         assert torch.equal(form.mask, by_obq.mask)
         assert torch.equal(form.scale, by_obq.scale)
-        if not text.endswith("w8"):
+        if text in BY_OBQ:
             assert torch.equal(form.codes, by_obq.codes)
             continue
-        _, staged, _ = both(problem, text)
+        _, staged, rounded = both(problem, text)
         assert float((form.codes == staged.codes).float().mean()) > 0.99
+        assert torch.equal(staged.codes, rounded) == (form.scheme.pattern is not None)
         assert not torch.equal(form.codes, by_obq.codes)
         if form.scheme.pattern is None:
             assert form.error < 1.2 * by_obq.error
