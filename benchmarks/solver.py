@@ -27,11 +27,10 @@ import torch
 from obc_deploy import native
 from obc_deploy.benchmarks.record import RESULTS, take_record
 from obc_deploy.database.levels import BLOCK4_LEVELS, UNSTRUCTURED_LEVELS, sparsity_grid
-from obc_deploy.database.plan import solver_settings
 from obc_deploy.schemes import Quantization, as_scheme
 from obc_deploy.solvers import LayerProblem, SolverSettings, solve_levels
 from obc_deploy.solvers.grids import find_grid
-from obc_deploy.solvers.settings import torch_threads
+from obc_deploy.solvers.settings import compression_settings, torch_threads
 
 TASKS = {
     "unstructured 50/75/90 %": ("unstructured@0.5", "unstructured@0.75", "unstructured@0.9"),
@@ -328,7 +327,7 @@ def database(
     shapes: dict[tuple[int, int, int], int], say: Callable[[str], None]
 ) -> list[LayerTime]:
     """Solve every level of each distinct shape once, by the settings of a build."""
-    settings = solver_settings("float32")
+    settings = compression_settings("float32")
     times = []
     for (rows, cols, channels), count in sorted(shapes.items(), key=lambda item: item[0][1]):
         problem = replace(layer_problem(rows, cols), channels=channels)

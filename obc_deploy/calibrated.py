@@ -76,9 +76,10 @@ class CalibratedModel:
     )
     moments: dict[str, Moments] = field(default_factory=dict, repr=False)
 
-    def batches(self) -> Batches:
-        """The samples as they run through the network."""
-        return self.samples.batches(self.batch_size, exact=not self.network.dynamic_batch)
+    def batches(self, samples: Samples | None = None) -> Batches:
+        """Samples as they run through the network; its own, or others."""
+        chosen = self.samples if samples is None else samples
+        return chosen.batches(self.batch_size, exact=not self.network.dynamic_batch)
 
     def hessians(
         self, layers: Sequence[Layer], dtype: torch.dtype, progress: Stage

@@ -23,7 +23,7 @@ from torch import Tensor
 from obc_deploy.calibrated import CalibratedModel
 from obc_deploy.capture import Network, get_tensor
 from obc_deploy.corrections import Moments, batch_norm_moments, normalised_outputs
-from obc_deploy.data import Samples
+from obc_deploy.data import Batches, Samples
 from obc_deploy.database import Database, stored_form
 from obc_deploy.layers import weight_to_matrix
 from obc_deploy.layerwise import set_matrix
@@ -72,10 +72,8 @@ class StitchedNetwork:
         other._kept = self._kept
         return other
 
-    def _batches(self) -> Any:
-        return self.samples.batches(
-            self.calibrated.batch_size, exact=not self.calibrated.network.dynamic_batch
-        )
+    def _batches(self) -> Batches:
+        return self.calibrated.batches(self.samples)
 
     def loss(self, schemes: Mapping[str, Scheme]) -> float:
         """How far the outputs are from the dense network's; 0 where nothing is compressed.

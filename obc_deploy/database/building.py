@@ -31,7 +31,6 @@ from obc_deploy.database.plan import (
     all_levels,
     forms_of,
     plan_layers,
-    solver_settings,
 )
 from obc_deploy.database.store import Database, refuse_other
 from obc_deploy.errors import DatabaseError
@@ -39,6 +38,7 @@ from obc_deploy.schemes import Scheme
 from obc_deploy.solvers import METHODS, solve_levels
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem, Progress
 from obc_deploy.solvers.dispatch import torch_device
+from obc_deploy.solvers.settings import compression_settings
 
 Stage = Callable[[str, float], None]
 """Called with the name of the layer at work and the share of the whole build that is done."""
@@ -184,7 +184,7 @@ def _solved(
     if old is None or missing:
         forms = solve_levels(
             problem, missing, method=identity.method, device=device, progress=progress,
-            settings=solver_settings(identity.dtype),
+            settings=compression_settings(identity.dtype),
         )  # fmt: skip
     rows, cols = problem.weight.shape
     return _Solved(problem.name, rows, cols, identity, levels, old, forms)

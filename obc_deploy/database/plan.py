@@ -17,7 +17,7 @@ from obc_deploy.database.outline import LayerOutline
 from obc_deploy.schemes import Scheme
 from obc_deploy.solvers import METHODS, check_scheme, needs_hessian
 from obc_deploy.solvers.estimate import LayerShape, estimate_seconds, layer_work
-from obc_deploy.solvers.settings import SolverSettings, precision
+from obc_deploy.solvers.settings import SolverSettings, compression_settings
 
 LevelsOf = Callable[[LayerOutline], Iterable[Scheme]]
 """Which schemes a layer is to be solved for."""
@@ -77,15 +77,6 @@ class BuildPlan:
         return sum(len(layer.missing) for layer in self.layers)
 
 
-def solver_settings(dtype: str) -> SolverSettings:
-    """How a build solves its layers: as compression does, by the same shortcuts.
-
-    Raises:
-        ProblemError: unknown dtype.
-    """
-    return SolverSettings(dtype=precision(dtype), shortcuts=True)
-
-
 def plan_build(
     layers: Iterable[LayerOutline],
     levels_of: LevelsOf,
@@ -119,7 +110,7 @@ def plan_build(
                 for plan in plans
                 if plan.missing
             ],
-            solver_settings(dtype),
+            compression_settings(dtype),
         )
     return BuildPlan(
         layers=tuple(plans),
@@ -148,7 +139,7 @@ def plan_layers(
     """
     exact = needs_hessian(method)
     chosen = METHODS[0] if method is None else method
-    settings = solver_settings(dtype)
+    settings = compression_settings(dtype)
     index = _index(folder)
     plans = []
     for outline in layers:

@@ -2,7 +2,8 @@
 
 Networks are compressed with shortcuts: dense layers of eight bits are quantized in one order for
 all rows (`ordered_obq`), and pruned ones are rounded where that adds little to what pruning lost
-(`rounding`). Without them it is OBQ alone.
+(`rounding`). Without them it is OBQ alone. Levels of a database have one way more: few bits after
+N:M start from the inverses that pruning left (`nm_then_obq`), and nobody asks about rounding.
 """
 
 from __future__ import annotations

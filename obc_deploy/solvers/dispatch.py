@@ -242,10 +242,11 @@ def _solve_exactly(
         forms = exact_obs(problem, others, settings, part_of(progress, *next(spans)))
         pruned.update(zip(others, forms, strict=True))
     for given, quantizations in grids.items():
+        rows = None if given is None else pruned[given]
         for quantization in quantizations:
             report = part_of(progress, *next(spans))
             quantized[given, quantization] = _quantize(
-                checked, problem, given, pruned[given], quantization, settings, report
+                checked, problem, rows, quantization, settings, report
             )
     return [_solved(scheme, pruned, quantized) for scheme in schemes]
 
@@ -264,17 +265,15 @@ def _grids_of_patterns(schemes: Sequence[Scheme]) -> dict[Pattern | None, list[Q
 def _quantize(
     checked: CheckedProblem,
     problem: DampedProblem,
-    pattern: Pattern | None,
-    rows: PrunedRows,
+    rows: PrunedRows | None,
     quantization: Quantization,
     settings: SolverSettings,
     progress: Progress,
 ) -> QuantizedRows:
     # Of the rows as they are now: survivors have grown to stand in for what was pruned.
-    of_now = problem.weight if pattern is None else rows.weight
+    of_now = problem.weight if rows is None else rows.weight
     grid = find_grid(of_now, quantization, threads=settings.threads)
-    pruned = None if pattern is None else rows
-    codes = codes_of(checked, lambda: problem, pruned, quantization, grid, settings, progress)
+    codes = codes_of(checked, lambda: problem, rows, quantization, grid, settings, progress)
     return QuantizedRows(codes, grid)
 
 

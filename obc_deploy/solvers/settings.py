@@ -286,6 +286,15 @@ def precision(name: str) -> torch.dtype:
     return _PRECISIONS[name]
 
 
+def compression_settings(dtype: str) -> SolverSettings:
+    """How layers of networks are solved, by `compress` and for databases: with shortcuts.
+
+    Raises:
+        ProblemError: as in `precision`.
+    """
+    return SolverSettings(dtype=precision(dtype), shortcuts=True)
+
+
 def part_of(progress: Progress, start: float, end: float) -> Progress:
     """A progress whose 0 to 1 is `start` to `end` of another's."""
 

@@ -23,7 +23,7 @@ from obc_deploy.solvers.exact_obs import PrunedRows
 from obc_deploy.solvers.grids import Grid, find_grid
 from obc_deploy.solvers.problems import check_problem, check_scheme, damp, relative_error
 from obc_deploy.solvers.rtn import rtn_codes
-from obc_deploy.solvers.settings import SolverSettings, precision
+from obc_deploy.solvers.settings import compression_settings
 
 
 def shared_grid(weight: torch.Tensor, quantization: Quantization, *, shrink: bool = True) -> Grid:
@@ -68,7 +68,7 @@ def quantize_pruned(
         ProblemError: as in `solve`.
         SchemeError: as in `solve`, or the scheme has no quantization.
     """
-    exact, wanted = needs_hessian(method), SolverSettings(dtype=precision(dtype), shortcuts=True)
+    exact, wanted = needs_hessian(method), compression_settings(dtype)
     there, report = torch_device(device), progress or (lambda _: None)
     with threads_for(problem, there, wanted) as settings:
         checked = check_problem(

@@ -15,10 +15,10 @@ import torch
 from layer_problems import LEVELS, all_levels, contents, make_problem, network, places, same_bits
 
 from obc_deploy.database import Database, build, building, outline_of_problem, plan_build
-from obc_deploy.database.plan import solver_settings
 from obc_deploy.errors import DatabaseError, ProblemError, SchemeError
 from obc_deploy.schemes import Scheme
 from obc_deploy.solvers import METHODS, solve_levels
+from obc_deploy.solvers.settings import compression_settings
 
 
 def some(*texts):
@@ -41,7 +41,7 @@ def test_a_database_gives_what_the_solver_gave(tmp_path, method, dtype):
     for problem in network():
         database.check(problem)
         assert database.levels(problem.name) == LEVELS
-        solved = solve_levels(problem, LEVELS, method=method, settings=solver_settings(dtype))
+        solved = solve_levels(problem, LEVELS, method=method, settings=compression_settings(dtype))
         for scheme, form in zip(LEVELS, solved, strict=True):
             assert same_bits(database.load(problem.name, scheme), form)
             assert database.errors(problem.name)[scheme] == form.error
