@@ -30,8 +30,18 @@ constexpr double kHalfSaved = 0.4;
 // Of the second cache, what stays a packed tile's own beside the weights and sums that stream through.
 constexpr double kOwnSecondCache = 48 * 1024;
 
-// With so many tiles no thread is left without work for long, and how many there are need not be known.
+// With so many tiles and tasks no thread is left without work for long, and how many there are need not be
+// known.
 constexpr int64_t kManyTiles = 64;
+constexpr double kManyTasks = 64;
+
+// What a task takes beside its tiles, and calling other threads, in cycles. Tasks are long next to the former.
+constexpr double kUnitCycles = 1000;
+constexpr double kSharingCycles = 8000;
+constexpr double kTaskCycles = 8000;
+
+// Of a unit: what the last thread is late by, for none is as fast as another all the time.
+constexpr double kUneven = 0.05;
 
 // A task takes a while to begin. Of several, a thread that did not come in time to be counted finds work later.
 constexpr int64_t kTasksOfOneThread = 4;
@@ -159,34 +169,89 @@ Cost cost_of(const ConvolutionShape& shape, const TileShape& tile, const Geometr
     return Cost{tiles * (accumulating + rows + requantizing + packing), g.in_place ? 0.0 : tiles * packing};
 }
 
+// How tiles are shared out among threads.
 struct Shares {
     int64_t parts;  // of a tile
     int64_t tasks;
+    double cycles;  // until the last thread is done
 };
+
+int64_t tasks_of(int64_t units, double cycles, int64_t threads) {
+    const double of_a_thread = cycles / static_cast<double>(threads) / kTaskCycles;
+    return std::min(units, threads * std::max<int64_t>(1, static_cast<int64_t>(of_a_thread)));
+}
 
 // Few tiles leave threads without work: then the output channels of each are shared out too, in as many parts
 // as end first by the estimate. Each part packs the tile for itself. Small layers end first on one thread.
-Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, const std::function<int64_t()>& threads) {
-    constexpr double kUnitCycles = 1000;
-    constexpr double kSharingCycles = 8000;
-    if (g.tiles >= kManyTiles) return Shares{1, g.tiles};
-    if (cost.total <= kSharingCycles) return Shares{1, 1};
-    const int64_t known_threads = threads();
-    if (known_threads == 1) return Shares{1, std::min(g.tiles, kTasksOfOneThread)};
+Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int64_t threads) {
+    if (threads == 1) return Shares{1, std::min(g.tiles, kTasksOfOneThread), cost.total};
     const double tiles = static_cast<double>(g.tiles);
-    const int64_t most = std::min(ceil_divide(2 * known_threads, g.tiles), ceil_divide(out_channels, kBandWindow));
-    Shares best = {1, 1};
-    double least = cost.total;
-    for (int64_t parts = g.tiles == 1 ? 2 : 1; parts <= most; ++parts) {
-        const double rounds = static_cast<double>(ceil_divide(g.tiles * parts, known_threads));
+    const int64_t most = std::min(ceil_divide(2 * threads, g.tiles), ceil_divide(out_channels, kBandWindow));
+    Shares best = {1, 1, cost.total};
+    for (int64_t parts = 1; parts <= std::max<int64_t>(1, most); ++parts) {
+        const int64_t units = g.tiles * parts;
+        if (units == 1) continue;
+        const double rounds = static_cast<double>(ceil_divide(units, threads));
         const double unit = (cost.packing + (cost.total - cost.packing) / static_cast<double>(parts)) / tiles;
-        const double cycles = rounds * (unit + kUnitCycles) + kSharingCycles;
-        if (cycles < least) {
-            least = cycles;
-            best = Shares{parts, g.tiles * parts};
+        const double cycles = rounds * (unit + kUnitCycles) + kUneven * unit + kSharingCycles;
+        if (cycles >= best.cycles) continue;
+        best = Shares{parts, tasks_of(units, unit * static_cast<double>(units), threads), cycles};
+    }
+    return best;
+}
+
+// A way to cut a convolution.
+struct Cut {
+    int tile;  // index of its shape
+    Geometry geometry;
+    Cost cost;
+    Shares shares;
+};
+
+// The one that ends first.
+Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const ConvolutionKernels& kernels,
+             const int64_t* blocks, int64_t threads) {
+    const int64_t in_blocks = shape.input.blocks();
+    Cut best = {0, {}, {}, {1, 1, std::numeric_limits<double>::infinity()}};
+    for (int t = 0; t < kernels.shape_count; ++t) {
+        const TileShape& tile = kernels.shapes[t];
+        const bool fits =
+            is_flat(shape) ? tile.rows == 1
+                           : !tile.halved && tile.rows <= output.height && tile.columns <= output.width;
+        if (!fits) continue;
+        for (const bool in_place : {false, true}) {
+            if (in_place && !can_stay_in_place(shape, tile, kernels)) continue;
+            Geometry g = geometry_of(shape, output, tile, in_place, kernels);
+            if (g.block_bytes > kMostGroupBytes) continue;
+            // Input blocks of a group: as many as can be addressed, and as many as fit into the first cache.
+            const int64_t most = kMostGroupBytes / g.block_bytes;
+            const int64_t near = std::max<int64_t>(1, kernels.cache_bytes / g.block_bytes);
+            for (int64_t in_group = std::min(in_blocks, most);; in_group = std::max(near, in_group / 2)) {
+                g.groups = ceil_divide(in_blocks, in_group);
+                const Cost cost = cost_of(shape, tile, g, kernels, blocks);
+                const Shares shares = shares_of(g, cost, shape.out_channels, threads);
+                if (shares.cycles < best.shares.cycles) best = Cut{t, g, cost, shares};
+                if (in_group <= near) break;
+            }
         }
     }
     return best;
+}
+
+// As above, for as many threads as there are. Where that does not matter nobody is asked.
+Cut best_cut_for(const ConvolutionShape& shape, const BlockedShape& output, const ConvolutionKernels& kernels,
+                 const int64_t* blocks, const std::function<int64_t()>& threads) {
+    Cut alone = best_cut(shape, output, kernels, blocks, 1);
+    if (alone.cost.total <= kSharingCycles) {
+        alone.shares.tasks = 1;
+        return alone;
+    }
+    if (alone.geometry.tiles >= kManyTiles && alone.cost.total >= kManyTasks * kTaskCycles) {
+        alone.shares.tasks = tasks_of(alone.geometry.tiles, alone.cost.total, 1);
+        return alone;
+    }
+    const int64_t known_threads = threads();
+    return known_threads == 1 ? alone : best_cut(shape, output, kernels, blocks, known_threads);
 }
 
 SumsAre known_of_sums(const BlockWeights& weights, const Requantization& how, int64_t out_channels) {
@@ -250,40 +315,15 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     const std::vector<Band> bands = bands_of(weights, out_channels, kernels.band_channels);
     int64_t blocks[kBandSizes] = {};
     for (const Band& band : bands) blocks[band.size()] += static_cast<int64_t>(band.blocks.size());
-    Geometry best = {};
-    Cost least = {std::numeric_limits<double>::infinity(), 0};
-    for (int t = 0; t < kernels.shape_count; ++t) {
-        const TileShape& tile = kernels.shapes[t];
-        const bool fits =
-            is_flat(shape) ? tile.rows == 1
-                           : !tile.halved && tile.rows <= output_.height && tile.columns <= output_.width;
-        if (!fits) continue;
-        for (const bool in_place : {false, true}) {
-            if (in_place && !can_stay_in_place(shape, tile, kernels)) continue;
-            Geometry g = geometry_of(shape, output_, tile, in_place, kernels);
-            if (g.block_bytes > kMostGroupBytes) continue;
-            // Input blocks of a group: as many as can be addressed, and as many as fit into the first cache.
-            const int64_t most = kMostGroupBytes / g.block_bytes;
-            const int64_t near = std::max<int64_t>(1, kernels.cache_bytes / g.block_bytes);
-            for (int64_t in_group = std::min(in_blocks, most);; in_group = std::max(near, in_group / 2)) {
-                g.groups = ceil_divide(in_blocks, in_group);
-                const Cost cost = cost_of(shape, tile, g, kernels, blocks);
-                if (cost.total < least.total) {
-                    least = cost;
-                    best = g;
-                    tile_ = t;
-                }
-                if (in_group <= near) break;
-            }
-        }
-    }
-    const TileShape& tile = kernels.shapes[tile_];
+    const Cut cut = best_cut_for(shape, output_, kernels, blocks, threads);
+    const Geometry& best = cut.geometry;
+    const TileShape& tile = kernels.shapes[cut.tile];
+    tile_ = cut.tile;
     flat_ = best.flat;
     in_place_ = best.in_place;
     tiles_ = best.tiles;
-    const Shares shares = shares_of(best, least, out_channels, threads);
-    parts_ = shares.parts;
-    tasks_ = shares.tasks;
+    parts_ = cut.shares.parts;
+    tasks_ = cut.shares.tasks;
     down_ = best.down;
     across_ = best.across;
     position_rows_ = best.position_rows;
