@@ -83,7 +83,7 @@ class _Bound:
     """A session with its input in place, and outputs that are written to the same memory in turn.
 
     A network's layers find their outputs' memory in the caches too: ONNX Runtime gives each what an
-    earlier one no longer needs. It begins with a cache line there, so it does here: NumPy's does not.
+    earlier one no longer needs. It begins with a cache line there, and so it does here.
     """
 
     def __init__(self, content: bytes, threads: int, x: npt.NDArray[np.uint8]) -> None:

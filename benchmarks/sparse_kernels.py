@@ -11,6 +11,10 @@ products in registers alone measures the limit:
 
     share of the limit = non-zero blocks x output pixels / (time x products in registers a second)
 
+Turns of a shape are minutes apart, in several passes over all shapes: on shared cores some seconds,
+or whole minutes, are not like the others, and two threads, whose cores may be near or far from each
+other, feel it most.
+
 With `--together 4` every four output channels have the same blocks, as a solver might make them;
 our kernels then load the pixels once for all four.
 
@@ -28,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -299,16 +303,50 @@ def products_a_microsecond() -> float:
     return products / (time.perf_counter() - begin) / 1e6
 
 
-def measure(
-    shape: Shape, batch: int, threads: int, *, turns: int, inferences: int, deepsparse: bool,
-    together: int = 1,
-) -> list[Row]:  # fmt: skip
-    """All sparsities of one shape.
+@dataclass(frozen=True)
+class Beside:
+    """DeepSparse's times of one sparsity, and ours of the same turns, us."""
+
+    deepsparse: list[float]
+    ours: list[float]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What one shape's sessions took, turn by turn, us.
+
+    Attributes:
+        dense: ONNX Runtime's operator.
+        ours: ours, by sparsity.
+        rates: products in registers a microsecond, before and after each turn.
+        beside: DeepSparse and ours in turns of their own, by sparsity.
+        block_pixels: of one image, by sparsity.
+    """
+
+    dense: list[float] = field(default_factory=list)
+    ours: dict[float, list[float]] = field(default_factory=lambda: {z: [] for z in ZEROS})
+    rates: list[float] = field(default_factory=list)
+    beside: dict[float, Beside] = field(
+        default_factory=lambda: {zeros: Beside([], []) for zeros in DEEPSPARSE_ZEROS}
+    )
+    block_pixels: dict[float, float] = field(default_factory=dict)
+
+    def rows(self, shape: Shape, batch: int, threads: int) -> list[Row]:
+        """A row for each sparsity."""
+        return [_row(shape, batch, threads, self, zeros) for zeros in ZEROS]
+
+
+def take_turns(
+    shape: Shape, batch: int, threads: int, taken: Turns, *, turns: int, inferences: int,
+    deepsparse: bool, together: int = 1,
+) -> None:  # fmt: skip
+    """Some more turns of one shape's sessions, added to `taken`.
 
     Args:
         shape: the convolution.
         batch: images.
         threads: of both runtimes.
+        taken: the turns so far.
         turns: in which sessions are run one after the other.
         inferences: of each graph in a turn; the first of them is not counted.
         deepsparse: compare with it too.
@@ -319,6 +357,7 @@ def measure(
         RuntimeFailedError: DeepSparse refused a graph.
     """
     layers = {zeros: layer_of(shape, zeros, together) for zeros in ZEROS}
+    taken.block_pixels.update({zeros: layer.block_pixels for zeros, layer in layers.items()})
     inputs = (batch, shape.channels, shape.size, shape.size)
     x = np.random.default_rng(1).integers(0, 256, inputs, dtype=np.uint8)
     more = copies_for(shape.work * batch)
@@ -330,44 +369,27 @@ def measure(
     }
     if not np.array_equal(dense.output, _channels_last(ours[CHECKED].output, shape.outputs)):
         raise MeasurementError(f"{shape}: our codes are not ONNX Runtime's; nothing was timed")
-    dense_turns: list[float] = []
-    our_turns: dict[float, list[float]] = {zeros: [] for zeros in ZEROS}
-    rates: list[float] = []
     for _ in range(turns):
-        rates.append(products_a_microsecond())
-        dense_turns.append(dense.microseconds(inferences))
+        taken.rates.append(products_a_microsecond())
+        taken.dense.append(dense.microseconds(inferences))
         for zeros, copies in ours.items():
-            our_turns[zeros].append(copies.microseconds(inferences))
-        rates.append(products_a_microsecond())
-    beside = {}
+            taken.ours[zeros].append(copies.microseconds(inferences))
+        taken.rates.append(products_a_microsecond())
     if deepsparse:
         floats = (x.astype(np.float32) - ZERO) * np.float32(SCALE)
-        beside = _beside_deepsparse(layers, ours, floats, threads, turns, inferences)
-    return [
-        _row(shape, batch, threads, layers[zeros], zeros, dense_turns, taken, rates,
-             beside.get(zeros))
-        for zeros, taken in our_turns.items()
-    ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Beside:
-    """DeepSparse's times of one sparsity, and ours of the same turns, us."""
-
-    deepsparse: list[float]
-    ours: list[float]
+        _beside_deepsparse(taken, layers, ours, floats, threads, turns, inferences)
 
 
 def _beside_deepsparse(
+    taken: Turns,
     layers: Mapping[float, Layer],
     ours: Mapping[float, Copies],
     floats: npt.NDArray[np.float32],
     threads: int,
     turns: int,
     inferences: int,
-) -> dict[float, Beside]:
+) -> None:
     """In turns of their own: a second process takes the caches from whatever runs beside it."""
-    found = {zeros: Beside([], []) for zeros in DEEPSPARSE_ZEROS}
     with tempfile.TemporaryDirectory(prefix="obc-kernels-") as name, ExitStack() as stack:
         others = _deepsparse_sessions(layers, len(floats), threads, Path(name), stack)
         for _ in range(turns):
@@ -375,9 +397,8 @@ def _beside_deepsparse(
                 steps = other.profile({"x": floats}, iterations=PROFILED)
                 convolving = [step.ms for step in steps if step.native and _convolves(step.kind)]
                 if convolving:
-                    found[zeros].deepsparse.append(1e3 * max(convolving))
-                    found[zeros].ours.append(ours[zeros].microseconds(inferences))
-    return {zeros: beside for zeros, beside in found.items() if beside.ours}
+                    taken.beside[zeros].deepsparse.append(1e3 * max(convolving))
+                    taken.beside[zeros].ours.append(ours[zeros].microseconds(inferences))
 
 
 def _channels_last(blocked: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:
@@ -407,32 +428,23 @@ def _convolves(kind: str) -> bool:
     return "convolution" in kind or "pyramid" in kind or "gemm" in kind
 
 
-def _row(
-    shape: Shape,
-    batch: int,
-    threads: int,
-    layer: Layer,
-    zeros: float,
-    dense: Sequence[float],
-    ours: Sequence[float],
-    rates: Sequence[float],
-    beside: Beside | None,
-) -> Row:
+def _row(shape: Shape, batch: int, threads: int, taken: Turns, zeros: float) -> Row:
+    dense, ours, rates = taken.dense, taken.ours[zeros], taken.rates
     # A turn's rate is the mean of those before and behind it.
     around = [(rates[2 * turn] + rates[2 * turn + 1]) / 2 for turn in range(len(ours))]
-    work = layer.block_pixels * batch
+    work = taken.block_pixels[zeros] * batch
     shares = [
         work / us / (rate * threads) for us, rate in zip(ours, around, strict=True) if rate > 0.0
     ]
+    beside = taken.beside.get(zeros, Beside([], []))
+    over = [d / s for d, s in zip(beside.deepsparse, beside.ours, strict=True)]
     return Row(
         network=shape.network, shape=str(shape), batch=batch, threads=threads, zeros=zeros,
         dense_us=median(dense), sparse_us=median(ours),
         speedup=median(d / s for d, s in zip(dense, ours, strict=True)),
         share_of_limit=median(shares) if shares else None,
-        deepsparse_us=None if beside is None else median(beside.deepsparse),
-        over_deepsparse=None
-        if beside is None
-        else median(d / s for d, s in zip(beside.deepsparse, beside.ours, strict=True)),
+        deepsparse_us=median(beside.deepsparse) if over else None,
+        over_deepsparse=median(over) if over else None,
     )  # fmt: skip
 
 
@@ -493,7 +505,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, action="append", help="default 1 and 8")
     parser.add_argument("--threads", type=int, action="append", help="default 1 and 2")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=3, help="over all shapes")
+    parser.add_argument("--turns", type=int, default=2, help="of a shape in each pass")
     parser.add_argument("--inferences", type=int, default=6, help="of each session in a turn")
     parser.add_argument(
         "--deepsparse", action="store_true", help="compare with it, in batches of 1"
@@ -503,8 +516,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    if options.together < 1:
-        parser.error(f"--together {options.together}: give 1 or more")
+    for name in ("passes", "turns", "together"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give 1 or more")
     if not sparse.is_available():
         print(f"error: the sparse kernels are missing: {sparse.why_missing()}", file=sys.stderr)
         return 2
@@ -517,30 +531,34 @@ def main(arguments: list[str] | None = None) -> int:
         for batch in options.batch or (1, 8)
         for shape in shapes
     ]
-    rows: list[Row] = []
+    taken = {case: Turns() for case in cases}
+    steps = [case for _ in range(options.passes) for case in cases]
     begin = time.monotonic()
     try:
-        for place, (shape, batch, threads) in enumerate(cases):
-            rows += measure(
-                shape, batch, threads, turns=options.turns, inferences=options.inferences,
+        for step, (shape, batch, threads) in enumerate(steps, 1):
+            take_turns(
+                shape, batch, threads, taken[shape, batch, threads], turns=options.turns,
+                inferences=options.inferences,
                 deepsparse=options.deepsparse and batch == 1 and threads == 1,
                 together=options.together,
             )  # fmt: skip
-            left = (time.monotonic() - begin) / (place + 1) * (len(cases) - place - 1)
+            left = (time.monotonic() - begin) / step * (len(steps) - step)
             print(
-                f"{place + 1}/{len(cases)} {shape.network} {shape} batch {batch}, "
+                f"{step}/{len(steps)} {shape.network} {shape} batch {batch}, "
                 f"{threads} threads; {left / 60:.1f} min left",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
     except ObcDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    rows = [row for case, turns in taken.items() for row in turns.rows(*case)]
     alike = ""
     if options.together > 1:
         alike = f"; every {options.together} output channels have the same blocks"
     text = (
         f"# Sparse convolutions\n\n{record.head}, {sparse.instruction_set()}; int8, "
-        f"{options.turns} turns of {options.inferences - 1} counted inferences of each operator; "
+        f"{options.passes * options.turns} turns, in {options.passes} passes over all shapes, of "
+        f"{options.inferences - 1} counted inferences of each operator; "
         f"{len(shapes)} shapes at 224 pixels{alike}.\n\nGeometric means over the shapes:\n\n"
         f"{summary(rows)}\n\nEach shape, speedup over ONNX Runtime's dense int8 by share of zero "
         f"blocks:\n\n{details(rows)}\n"

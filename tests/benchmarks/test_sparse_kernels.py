@@ -15,12 +15,13 @@ from obc_deploy.benchmarks.sparse_kernels import (
     ZEROS,
     Row,
     Shape,
+    Turns,
     details,
     geometric_mean,
     layer_of,
-    measure,
     shapes_of,
     summary,
+    take_turns,
 )
 from obc_deploy.benchmarks.sparse_layer_costs import ZERO
 from obc_deploy.errors import MeasurementError
@@ -80,7 +81,11 @@ def test_channels_may_have_the_same_blocks() -> None:
     [SMALL, Shape("small", 10, 9, 1, 2, 12), Shape("small", 12, 7, 1, 1, 10, rectified=True)],
 )
 def test_a_row_for_each_sparsity(shape: Shape, threads: int) -> None:
-    rows = measure(shape, 2, threads, turns=2, inferences=9, deepsparse=False)
+    taken = Turns()
+    for _ in range(2):
+        take_turns(shape, 2, threads, taken, turns=1, inferences=9, deepsparse=False)
+    assert [len(turns) for turns in taken.ours.values()] == [2] * len(ZEROS)
+    rows = taken.rows(shape, 2, threads)
     assert [row.zeros for row in rows] == list(ZEROS)
     for row in rows:
         assert row.dense_us > 0.0
@@ -103,7 +108,7 @@ def test_wrong_codes_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sparse_kernels.Layer, "blocked", wrong)
     with pytest.raises(MeasurementError, match="our codes are not ONNX Runtime's"):
-        measure(SMALL, 1, 1, turns=1, inferences=2, deepsparse=False)
+        take_turns(SMALL, 1, 1, Turns(), turns=1, inferences=2, deepsparse=False)
 
 
 def computed(content: bytes, x: np.ndarray) -> list[np.ndarray]:
