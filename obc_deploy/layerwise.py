@@ -24,6 +24,7 @@ from obc_deploy.sequential import corrected_weight, sequential_statistics
 from obc_deploy.solvers import needs_hessian, solve_levels
 from obc_deploy.solvers.contract import CompressedLayer, LayerProblem
 from obc_deploy.solvers.estimate import LayerShape, estimate_seconds, operations
+from obc_deploy.solvers.exact_obs import pattern_kind
 from obc_deploy.solvers.settings import FINE_BITS, SolverSettings, precision
 from obc_deploy.solvers.staged import quantize_pruned
 from obc_deploy.statistics_correction import correct_outputs
@@ -186,7 +187,8 @@ class Layerwise:
                 for level in announced
                 if level != pattern
                 and isinstance(level.pattern, Unstructured | Block4)
-                and type(level.pattern) is type(pattern.pattern)
+                and pattern.pattern is not None
+                and pattern_kind(level.pattern) == pattern_kind(pattern.pattern)
             ]
             solved = solve_levels(
                 self._problem(layer, matrix, statistics), levels, method=self.method,

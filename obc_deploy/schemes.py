@@ -1,7 +1,7 @@
 """Schemes: what may be done to one layer, and the grammar that writes it down.
 
     scheme   := pattern | quant | pattern "+" quant | "dense"
-    pattern  := "unstructured@" S | "block4@" S | N ":" M
+    pattern  := "unstructured@" S | "block4@" S | "block4x2@" S | N ":" M
     quant    := "w" BITS ["g" GROUP] ["a" BITS] ["-asym"]
 
 The same text is used on the command line, in file names, in tables and in code:
@@ -22,7 +22,7 @@ BLOCK_SIZE = 4
 """Input channels in a block: what one VNNI or SDOT instruction multiplies and adds at once."""
 
 GRAMMAR = (
-    "a scheme is 'dense', a pattern ('unstructured@0.9', 'block4@0.9', '2:4'), "
+    "a scheme is 'dense', a pattern ('unstructured@0.9', 'block4@0.9', 'block4x2@0.9', '2:4'), "
     "a quantization ('w8a8', 'w4g128', 'w3-asym'), or both joined by '+' ('block4@0.9+w8a8')"
 )
 
@@ -59,15 +59,29 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class Block4:
-    """Four consecutive input channels of a row at one kernel position live or die together."""
+    """Four consecutive input channels of a row at one kernel position live or die together.
+
+    With `together` 2 they do so in two rows at once, so that a kernel loads them once for both.
+    """
 
     sparsity: float
+    together: int = 1
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity, "block4")
+        if self.together not in (1, 2):
+            raise SchemeError(
+                f"'{self.kind}' asks for blocks that {self.together} output channels share; "
+                "'block4' and 'block4x2' work"
+            )
+        _check_sparsity(self.sparsity, self.kind)
+
+    @property
+    def kind(self) -> str:
+        """The pattern without its sparsity."""
+        return "block4" if self.together == 1 else f"block4x{self.together}"
 
     def __str__(self) -> str:
-        return f"block4@{_fraction(self.sparsity)}"
+        return f"{self.kind}@{_fraction(self.sparsity)}"
 
     @property
     def density(self) -> float:
@@ -152,7 +166,8 @@ class Quantization:
 
 _NUMBER = r"[0-9]*\.?[0-9]+"
 _PATTERN = re.compile(
-    rf"(?:(?P<kind>unstructured|block4)@(?P<sparsity>{_NUMBER})|(?P<n>\d+):(?P<m>\d+))"
+    rf"(?:(?P<kind>unstructured|block4)(?:(?<=4)x(?P<together>\d+))?@(?P<sparsity>{_NUMBER})"
+    r"|(?P<n>\d+):(?P<m>\d+))"
 )
 _QUANT = re.compile(r"w(?P<w>\d+)(?:g(?P<g>\d+))?(?:a(?P<a>\d+))?(?P<asym>-asym)?")
 
@@ -164,7 +179,9 @@ def _parse_pattern(text: str, whole: str) -> Pattern:
     if match["kind"] is None:
         return NM(int(match["n"]), int(match["m"]))
     sparsity = float(match["sparsity"])
-    return Unstructured(sparsity) if match["kind"] == "unstructured" else Block4(sparsity)
+    if match["kind"] == "unstructured":
+        return Unstructured(sparsity)
+    return Block4(sparsity, int(match["together"] or 1))
 
 
 def _parse_quantization(text: str, whole: str) -> Quantization:

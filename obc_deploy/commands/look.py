@@ -33,12 +33,17 @@ EXAMPLES = (
     ("w3-asym", "3-bit weights with a zero point"),
     ("unstructured@0.9", "90 % of a layer's weights are zero, wherever that costs least"),
     ("block4@0.9", "the same in blocks of four consecutive input channels"),
+    (
+        "block4x2@0.9",
+        "blocks that two output channels share, for ort-sparse: faster at as many",
+    ),
     ("2:4", "at most two weights in every four consecutive input channels"),
     ("block4@0.9+w8a8", "prune first, then quantize what is left"),
 )
 GRAMMAR_LINES = (
     'scheme  := pattern | quant | pattern "+" quant | "dense"',
-    'pattern := "unstructured@" S | "block4@" S | N ":" M      S = fraction of zeros, 0 < S < 1',
+    'pattern := "unstructured@" S | "block4@" S | "block4x2@" S | N ":" M'
+    "      S = fraction of zeros, 0 < S < 1",
     'quant   := "w" BITS ["g" GROUP] ["a" BITS] ["-asym"]      BITS = 2 to 8',
 )
 

@@ -213,7 +213,7 @@ def _zeros(pattern: Pattern | None, rows: int, cols: int) -> int:
         return 0
     if isinstance(pattern, NM):
         return rows * cols // pattern.m * (pattern.m - pattern.n)
-    width = BLOCK_SIZE if isinstance(pattern, Block4) else 1
+    width = BLOCK_SIZE * pattern.together if isinstance(pattern, Block4) else 1
     return width * zeros_of(rows * cols // width, pattern.sparsity)
 
 

@@ -2,7 +2,7 @@
 
     families := family ("," family)*
     family   := kind | quant | kind "+" quant | "dense"
-    kind     := "unstructured" | "block4" | N ":" M
+    kind     := "unstructured" | "block4" | "block4x2" | N ":" M
 
 A kind without a sparsity stands for all levels of its grid: "block4+w8a8" is 4-block sparsity at
 every level, with 8-bit weights and activations.
@@ -22,13 +22,11 @@ if TYPE_CHECKING:
     from obc_deploy.database.outline import LayerOutline
 
 GRAMMAR = (
-    "families are e.g. 'block4+w8a8,w8a8': unstructured, block4 or N:M, alone or with '+' and a "
-    "quantization, or a quantization alone, or dense; joined by commas"
+    "families are e.g. 'block4+w8a8,w8a8': unstructured, block4, block4x2 or N:M, alone or "
+    "with '+' and a quantization, or a quantization alone, or dense; joined by commas"
 )
-_GRIDS: dict[str, type[Unstructured] | type[Block4]] = {
-    "unstructured": Unstructured,
-    "block4": Block4,
-}
+_BLOCKS = {block.kind: block.together for block in (Block4(0.5), Block4(0.5, together=2))}
+_KINDS = ("unstructured", *_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,11 @@ class Family:
     """One kind of schemes.
 
     Attributes:
-        kind: `Unstructured` or `Block4` for all their levels, one `NM` pattern, or None.
+        kind: a pattern without its sparsity for all its levels, one `NM` pattern, or None.
         quantization: what weights and activations are stored in, or None.
     """
 
-    kind: type[Unstructured] | type[Block4] | NM | None
+    kind: str | NM | None
     quantization: Quantization | None
 
     @classmethod
@@ -51,10 +49,9 @@ class Family:
             SchemeError: it is no family.
         """
         head, plus, rest = text.strip().partition("+")
-        grid = _GRIDS.get(head.strip())
         try:
-            if grid is not None:
-                return cls(grid, Scheme.parse(rest).quantization if plus else None)
+            if head.strip() in _KINDS:
+                return cls(head.strip(), Scheme.parse(rest).quantization if plus else None)
             scheme = Scheme.parse(text.strip())
         except SchemeError as error:
             raise SchemeError(f"cannot read family '{text}': {error}; {GRAMMAR}") from error
@@ -66,9 +63,7 @@ class Family:
         return cls(scheme.pattern, scheme.quantization)
 
     def __str__(self) -> str:
-        names: dict[object, str] = {grid: name for name, grid in _GRIDS.items()}
-        kind = names[self.kind] if isinstance(self.kind, type) else self.kind
-        parts = [str(part) for part in (kind, self.quantization) if part is not None]
+        parts = [str(part) for part in (self.kind, self.quantization) if part is not None]
         return "+".join(parts) or "dense"
 
     def levels(self, outline: LayerOutline) -> tuple[Scheme, ...]:
@@ -81,10 +76,12 @@ class Family:
         if isinstance(self.kind, NM):
             fits = outline.channels % self.kind.m == 0
             return (Scheme(self.kind, quantization),) if fits else ()
-        if self.kind is Block4:
-            if outline.channels % BLOCK_SIZE:
+        if self.kind in _BLOCKS:
+            together = _BLOCKS[self.kind]
+            if outline.channels % BLOCK_SIZE or outline.rows // outline.groups % together:
                 return ()
-            return tuple(Scheme(Block4(s), quantization) for s in block4_sparsities())
+            levels = (Block4(s, together) for s in block4_sparsities())
+            return tuple(Scheme(level, quantization) for level in levels)
         grid = sparsity_grid(UNSTRUCTURED_LEVELS)
         return tuple(Scheme(Unstructured(s), quantization) for s in grid)
 

@@ -35,7 +35,7 @@ _SIGNATURES: Signatures = {
         _INT64,
         (_POINTER, *(_INT64,) * 4, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
     ),
-    "obc_prune_blocks": (_INT64, (_POINTER, _INT64, _INT64, _POINTER, _POINTER)),
+    "obc_prune_blocks": (_INT64, (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER)),
     "obc_quantize": (
         _INT64,
         (

@@ -92,7 +92,8 @@ struct RowSolvers {
     Outcome (*prune_columns)(const Layer&, const GroupZeros&, int32_t* order, void* increase);
     Outcome (*prune_and_weigh)(const Layer&, const GroupZeros&, bool precise, int32_t* order,
                                double* weights, const LeftInverses*);
-    Outcome (*prune_blocks)(const Layer&, int64_t width, int32_t* order, void* increase);
+    Outcome (*prune_blocks)(const Layer&, int64_t width, int64_t together, int32_t* order,
+                            void* increase);
     Outcome (*quantize)(const Layer&, const WeightGrid&, const uint8_t* mask, const LeftInverses*,
                         int8_t* codes);
     Outcome (*best_weights)(const Layer&, const int32_t* order, const int64_t* counts,

@@ -84,9 +84,12 @@ int64_t obc_prune_and_weigh(const Layer* layer, int64_t bits, int64_t group, int
     });
 }
 
-int64_t obc_prune_blocks(const Layer* layer, int64_t bits, int64_t width, int32_t* order,
-                         void* increase) {
-    return outcome_of([&] { return solvers(bits).prune_blocks(*layer, width, order, increase); });
+// Of layers whose rows are `together` neighbouring rows of weights each, with one mask.
+int64_t obc_prune_blocks(const Layer* layer, int64_t bits, int64_t width, int64_t together,
+                         int32_t* order, void* increase) {
+    return outcome_of([&] {
+        return solvers(bits).prune_blocks(*layer, width, together, order, increase);
+    });
 }
 
 // From a mask of the survivors, or from the inverses that pruning left, or with neither from all.

@@ -1,16 +1,17 @@
 // One row's greedy over blocks: argmin_B w_B^T (G_BB)^-1 w_B, `width` neighbouring columns at once.
+// Where `together` rows have one mask, and so one inverse, they are one row here, and scores their sum.
 //
 // With G_BB = L L^T the score is |L^-1 w_B|^2; a block's columns are eliminated one after the other,
 // which is the same as all at once (OBC, arXiv 2208.11580, section 4, "block sparsity"). Weights
 // and blocks of G are kept component by component, so that a vector holds neighbouring blocks.
 
-template <class T, int width>
+template <class T, int width, int together>
 class PruneBlocks final : public RowSolver {
   public:
     PruneBlocks(const Layer& layer, const Start<T>& start, int32_t* order, T* increase)
         : layer_(layer), start_(start), order_(order), increase_(increase),
           inverse_(layer.cols, std::max(layer.lazy, int64_t(width))), stride_(row_length<T>(layer.cols / width)),
-          weight_(width * stride_), floor_(width * stride_), closed_(stride_),
+          weight_(together * width * stride_), floor_(width * stride_), closed_(stride_),
           gram_(kPairs * stride_), part_(width * width * stride_) {}
 
     bool run(int64_t row, Progress& progress) override {
@@ -19,8 +20,10 @@ class PruneBlocks final : public RowSolver {
         int32_t* order = order_ + row * steps;
         T* increase = increase_ + row * steps;
         inverse_.begin(start_, group, cols);
-        for (int64_t i = 0; i < cols; ++i) {
-            weight_[i % width * stride_ + i / width] = T(layer_.weight[row * cols + i]);
+        for (int r = 0; r < together; ++r) {
+            const double* weight = layer_.weight + (row * together + r) * cols;
+            T* to = weights(r);
+            for (int64_t i = 0; i < cols; ++i) to[i % width * stride_ + i / width] = T(weight[i]);
         }
         T score = 0;
         int64_t block = restart(&score);
@@ -32,10 +35,13 @@ class PruneBlocks final : public RowSolver {
             if (inverse_.full(width)) {
                 const int64_t before = inverse_.size;
                 const Moves& moves = inverse_.compact(width);
-                for (size_t m = 0; m < moves.hole.size(); ++m) {
-                    const int64_t to = moves.hole[m], from = moves.source[m];
-                    weight_[to % width * stride_ + to / width] =
-                        weight_[from % width * stride_ + from / width];
+                for (int r = 0; r < together; ++r) {
+                    T* w = weights(r);
+                    for (size_t m = 0; m < moves.hole.size(); ++m) {
+                        const int64_t to = moves.hole[m], from = moves.source[m];
+                        w[to % width * stride_ + to / width] =
+                            w[from % width * stride_ + from / width];
+                    }
                 }
                 block = restart(&score);
                 if (!progress.on(before, inverse_.size)) return false;
@@ -49,6 +55,8 @@ class PruneBlocks final : public RowSolver {
 
     static constexpr int pair(int i, int j) { return i * (i + 1) / 2 + j; }
 
+    T* weights(int r) { return weight_ + r * width * stride_; }
+
     int64_t restart(T* score) {
         const int64_t blocks = inverse_.size / width, end = whole_vectors<T>(blocks);
         for (int64_t b = 0; b < end; ++b) {
@@ -57,7 +65,9 @@ class PruneBlocks final : public RowSolver {
             for (int i = 0; i < width; ++i) {
                 const int64_t at = b * width + i;
                 floor_[i * stride_ + b] = real ? inverse_.floor[at] : T(1);
-                if (!real) weight_[i * stride_ + b] = T(0);
+                for (int r = 0; r < together; ++r) {
+                    if (!real) weights(r)[i * stride_ + b] = T(0);
+                }
                 for (int j = 0; j <= i; ++j) {
                     const T off = real && i != j ? inverse_.entry(at, b * width + j) : T(0);
                     const T on = real ? inverse_.diagonal(real ? at : 0) : T(1);
@@ -74,12 +84,20 @@ class PruneBlocks final : public RowSolver {
     int64_t eliminate(int64_t block, T* score) {
         const int64_t end = whole_vectors<T>(inverse_.size / width);
         const int64_t first = inverse_.kept();
-        T amount[width];
+        T amount[together][width];
         for (int i = 0; i < width; ++i) {
-            T w = weight_[i * stride_ + block];
-            for (int k = 0; k < i; ++k) w -= amount[k] * inverse_.vector(first + k)[block * width + i];
+            T left[together];
+            for (int r = 0; r < together; ++r) {
+                left[r] = weights(r)[i * stride_ + block];
+                for (int k = 0; k < i; ++k) {
+                    left[r] -= amount[r][k] * inverse_.vector(first + k)[block * width + i];
+                }
+            }
             inverse_.eliminate(
-                block * width + i, [&](T root) { amount[i] = w / root; },
+                block * width + i,
+                [&](T root) {
+                    for (int r = 0; r < together; ++r) amount[r][i] = left[r] / root;
+                },
                 [](int64_t, Vector<T>, int) __attribute__((always_inline)) {});
             split(inverse_.vector(first + i), part_ + i * width * stride_, end);
         }
@@ -89,9 +107,12 @@ class PruneBlocks final : public RowSolver {
         Index<T> place = counting<T>(0);
         for (int64_t b = 0; b < end; b += kLanes<T>, place += kLanes<T>) {
             for (int i = 0; i < width; ++i) {
-                Vector<T> w = load(weight_ + i * stride_ + b);
-                for (int k = 0; k < width; ++k) w -= amount[k] * part(k, i, b);
-                store(weight_ + i * stride_ + b, w);
+                for (int r = 0; r < together; ++r) {
+                    T* at = weights(r) + i * stride_ + b;
+                    Vector<T> w = load(at);
+                    for (int k = 0; k < width; ++k) w -= amount[r][k] * part(k, i, b);
+                    store(at, w);
+                }
                 for (int j = 0; j <= i; ++j) {
                     T* at = gram_ + pair(i, j) * stride_ + b;
                     Vector<T> g = load(at);
@@ -117,9 +138,9 @@ class PruneBlocks final : public RowSolver {
         }
     }
 
-    // |L^-1 w_B|^2 of a vector of blocks.
+    // |L^-1 w_B|^2 of a vector of blocks, summed over the rows.
     OBC_INLINE void meet(Least<T>& least, int64_t b, Index<T> place) const {
-        Vector<T> lower[width][width], result[width], score = load(closed_ + b);
+        Vector<T> lower[width][width], result[together][width], score = load(closed_ + b);
         for (int i = 0; i < width; ++i) {
             for (int j = 0; j < i; ++j) {
                 Vector<T> entry = load(gram_ + pair(i, j) * stride_ + b);
@@ -127,17 +148,18 @@ class PruneBlocks final : public RowSolver {
                 lower[i][j] = entry * lower[j][j];
             }
             Vector<T> pivot = load(gram_ + pair(i, i) * stride_ + b);
-            Vector<T> value = load(weight_ + i * stride_ + b);
-            for (int k = 0; k < i; ++k) {
-                pivot -= lower[i][k] * lower[i][k];
-                value -= lower[i][k] * result[k];
-            }
+            for (int k = 0; k < i; ++k) pivot -= lower[i][k] * lower[i][k];
             pivot = larger<T>(pivot, load(floor_ + i * stride_ + b));
             Vector<T> root;
             for (int lane = 0; lane < kLanes<T>; ++lane) root[lane] = std::sqrt(pivot[lane]);
             lower[i][i] = T(1) / root;
-            result[i] = value * lower[i][i];
-            score += result[i] * result[i];
+            for (int r = 0; r < together; ++r) {
+                Vector<T> value =
+                    load(static_cast<const T*>(weight_) + (r * width + i) * stride_ + b);
+                for (int k = 0; k < i; ++k) value -= lower[i][k] * result[r][k];
+                result[r][i] = value * lower[i][i];
+                score += result[r][i] * result[r][i];
+            }
         }
         least.meet(score, place);
     }

@@ -36,17 +36,20 @@ Outcome prune_and_weigh(const Layer& layer, const GroupZeros& zeros, bool precis
     });
 }
 
-template <class T, int width>
+template <class T, int width, int together = 1>
 Outcome prune_blocks_of(const Layer& layer, int32_t* order, void* increase) {
     const Start<T> start(layer);
     return over_rows(layer, [&] {
-        return std::make_unique<PruneBlocks<T, width>>(layer, start, order,
-                                                       static_cast<T*>(increase));
+        return std::make_unique<PruneBlocks<T, width, together>>(layer, start, order,
+                                                                 static_cast<T*>(increase));
     });
 }
 
 template <class T>
-Outcome prune_blocks(const Layer& layer, int64_t width, int32_t* order, void* increase) {
+Outcome prune_blocks(const Layer& layer, int64_t width, int64_t together, int32_t* order,
+                     void* increase) {
+    if (together == 2 && width == 4) return prune_blocks_of<T, 4, 2>(layer, order, increase);
+    if (together != 1) return kUnknown;
     switch (width) {
         case 2: return prune_blocks_of<T, 2>(layer, order, increase);
         case 4: return prune_blocks_of<T, 4>(layer, order, increase);

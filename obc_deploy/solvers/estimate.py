@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from obc_deploy import native
-from obc_deploy.schemes import NM, Pattern, Quantization, Scheme
+from obc_deploy.schemes import NM, Block4, Pattern, Quantization, Scheme
 from obc_deploy.solvers import native_rows
 from obc_deploy.solvers.contract import LayerProblem
 from obc_deploy.solvers.dispatch import solve_levels
@@ -108,7 +108,7 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
         if native and isinstance(kind, NM):
             total += run(cols, 1.0 - (1.0 - levels[0]) ** 3)
             continue
-        total += run(cols, _NM_SHARE if isinstance(kind, NM) else 1.0)
+        total += run(cols, _NM_SHARE if isinstance(kind, NM) else _share_of_inverses(kind))
         total += Work(solves=rows * factored_share(levels) * cols**3 / 3)
     quantized: set[tuple[Pattern | None, Quantization]] = set()
     for scheme in shape.schemes:
@@ -262,3 +262,8 @@ def _near(cols: int) -> int:
     while size * 1.5 < cols and size < 4096:
         size *= 2
     return size
+
+
+def _share_of_inverses(kind: object) -> float:
+    """Of a trace of all rows: those that share masks share inverses too."""
+    return 0.5 if kind == Block4(0.5, together=2).kind else 1.0

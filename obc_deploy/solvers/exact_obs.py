@@ -28,6 +28,7 @@ from obc_deploy.solvers.problems import DampedProblem
 from obc_deploy.solvers.prune_blocks import prune_blocks
 from obc_deploy.solvers.prune_columns import prune_columns
 from obc_deploy.solvers.settings import SolverSettings, part_of
+from obc_deploy.solvers.shared_blocks import block_costs, pairs_of
 
 _DOUBLE = 2.0
 """How much longer an operation takes in double precision than in single."""
@@ -37,27 +38,29 @@ _Pruner = Callable[[torch.Tensor, DowndatedInverse, Progress], tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class Trace:
-    """What each row prunes, in order.
+    """What each row prunes, in order; rows with one mask are a unit, others units by themselves.
 
     Attributes:
-        order: (rows, steps) integer; the column, or the block of columns, pruned at each step.
-        increase: (rows, steps) loss increase of each step.
+        order: (units, steps) integer; the column, or the block of columns, pruned at each step.
+        increase: (units, steps) loss increase of each step.
         width: columns pruned at a step.
+        together: (units, n) int64, the rows of each unit; None where units are the rows.
     """
 
     order: torch.Tensor
     increase: torch.Tensor
     width: int
+    together: torch.Tensor | None = None
 
     def counts(self, sparsity: float) -> torch.Tensor:
         """(rows,) int64: each row's share of the ceil(sparsity · all) cheapest steps."""
-        rows, steps = self.order.shape
-        count = zeros_of(rows * steps, sparsity)
-        return torch.bincount(self._row_by_cost[:count], minlength=rows)
+        units, steps = self.order.shape
+        count = zeros_of(units * steps, sparsity)
+        return self._of_rows(torch.bincount(self._unit_by_cost[:count], minlength=units))
 
     @cached_property
-    def _row_by_cost(self) -> torch.Tensor:
-        """The row of every step of the layer, cheapest first."""
+    def _unit_by_cost(self) -> torch.Tensor:
+        """The unit of every step of the layer, cheapest first."""
         cheapest = torch.argsort(self.increase.flatten(), dim=0, stable=True)
         return cheapest // self.order.shape[1]
 
@@ -65,13 +68,23 @@ class Trace:
     def columns(self) -> torch.Tensor:
         """(rows, steps · width) int64: the columns in the order in which they are pruned."""
         within = torch.arange(self.width, device=self.order.device)
-        return (self.order.to(torch.int64)[:, :, None] * self.width + within).flatten(1)
+        order = self._of_rows(self.order).to(torch.int64)
+        return (order[:, :, None] * self.width + within).flatten(1)
 
     def mask(self, counts: torch.Tensor) -> torch.Tensor:
         """(rows, cols) bool, false where the first `counts` steps of each row prune."""
-        stays = torch.arange(self.order.shape[1], device=counts.device) >= counts[:, None]
-        mask = torch.empty_like(stays).scatter_(1, self.order.to(torch.int64), stays)
+        order = self._of_rows(self.order).to(torch.int64)
+        stays = torch.arange(order.shape[1], device=counts.device) >= counts[:, None]
+        mask = torch.empty_like(stays).scatter_(1, order, stays)
         return mask.repeat_interleave(self.width, dim=1)
+
+    def _of_rows(self, units: torch.Tensor) -> torch.Tensor:
+        """What is said of each unit, (units, ...), said of each row."""
+        if self.together is None:
+            return units
+        rows = units.new_empty(self.together.numel(), *units.shape[1:])
+        rows[self.together] = units[:, None]
+        return rows
 
 
 def zeros_of(total: int, sparsity: float) -> int:
@@ -100,7 +113,7 @@ def exact_obs(
 ) -> list[PrunedRows]:
     """ExactOBS for several patterns of one layer, in the order asked for.
 
-    All unstructured levels share one trace, and so do all block levels.
+    All unstructured levels share one trace, and so do all block levels of one kind.
     """
     kinds = list(dict.fromkeys(pattern_kind(pattern) for pattern in patterns))
     found: dict[Pattern, PrunedRows] = {}
@@ -110,7 +123,9 @@ def exact_obs(
         if isinstance(of_kind[0], NM):
             found[of_kind[0]] = _nm(problem, of_kind[0], settings, share)
         else:
-            run = trace_blocks if isinstance(of_kind[0], Block4) else trace_weights
+            run: Callable[[DampedProblem, SolverSettings, Progress], Trace] = trace_weights
+            if isinstance(of_kind[0], Block4):
+                run = trace_blocks if of_kind[0].together == 1 else trace_shared_blocks
             levels = [pattern.sparsity for pattern in of_kind if not isinstance(pattern, NM)]
             tracing = 1.0 / (1.0 + _DOUBLE * factored_share(levels))
             trace = run(problem, settings, part_of(share, 0.0, tracing))
@@ -127,6 +142,8 @@ def sparsity_of(pattern: Pattern) -> float:
 
 def pattern_kind(pattern: Pattern) -> object:
     """Equal for patterns that share a trace."""
+    if isinstance(pattern, Block4):
+        return pattern.kind
     return pattern if isinstance(pattern, NM) else type(pattern)
 
 
@@ -175,6 +192,22 @@ def trace_blocks(problem: DampedProblem, settings: SolverSettings, progress: Pro
     return Trace(*traced, width=BLOCK_SIZE)
 
 
+def trace_shared_blocks(
+    problem: DampedProblem, settings: SolverSettings, progress: Progress
+) -> Trace:
+    """The order in which each pair of rows prunes all of its blocks of four columns."""
+    together = pairs_of(block_costs(problem), groups=problem.inverse.shape[0])
+    if native_rows.is_native(settings, problem.weight.device):
+        traced = native_rows.prune_blocks(
+            problem, settings, progress, width=BLOCK_SIZE, together=together
+        )
+    else:
+        units = problem.of_rows(together[:, 0])
+        others = problem.weight[together[:, 1]]
+        traced = _all_rows(units, settings, progress, prune_blocks, others)
+    return Trace(*traced, width=BLOCK_SIZE, together=together)
+
+
 def _columns(
     problem: DampedProblem,
     settings: SolverSettings,
@@ -201,13 +234,22 @@ def _nm(
 
 
 def _all_rows(
-    problem: DampedProblem, settings: SolverSettings, progress: Progress, pruner: _Pruner
+    problem: DampedProblem,
+    settings: SolverSettings,
+    progress: Progress,
+    pruner: _Pruner,
+    others: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order and loss increase of all rows, a batch that fits the memory at a time."""
+    """Order and loss increase of all rows, a batch that fits the memory at a time.
+
+    `others` are rows that share masks with the problem's, and are pruned with them.
+    """
     rows, cols = problem.weight.shape
 
     def trace(batch: slice, report: Progress) -> tuple[torch.Tensor, torch.Tensor]:
         weight = problem.weight[batch].to(settings.dtype, copy=True)
+        if others is not None:
+            weight = torch.stack([weight, others[batch].to(settings.dtype)])
         inverse = DowndatedInverse.of_rows(problem, batch, settings)
         return pruner(weight, inverse, report)
 

@@ -158,25 +158,44 @@ def prune_and_weigh(
 
 
 def prune_blocks(
-    problem: DampedProblem, settings: SolverSettings, progress: Progress, *, width: int
+    problem: DampedProblem,
+    settings: SolverSettings,
+    progress: Progress,
+    *,
+    width: int,
+    together: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune every block of `width` columns of every row, as `solvers.prune_blocks`.
 
+    Args:
+        problem: the layer.
+        settings: precision.
+        progress: told the share of the work done.
+        width: columns of a block; 4 where rows share masks.
+        together: (units, 2) int64 rows with one mask; each row has its own where not given.
+
     Returns:
-        (rows, blocks) int32 pruned block and (rows, blocks) loss increase of each step.
+        (units, blocks) int32 pruned block and (units, blocks) loss increase of each step.
 
     Raises:
         ProblemError: a width that is not among BLOCK_WIDTHS or does not divide the columns.
     """
-    rows, cols = problem.weight.shape
+    cols = problem.weight.shape[1]
     if width not in BLOCK_WIDTHS or cols % width:
         raise ProblemError(
             f"blocks of {width} columns do not fit {cols} columns; use a divisor among "
             f"{', '.join(map(str, BLOCK_WIDTHS))}"
         )
+    units, weight = problem, problem.weight
+    if together is not None:
+        units, weight = problem.of_rows(together[:, 0]), problem.weight[together.flatten()]
+    rows = units.weight.shape[0]
     order = torch.empty(rows, cols // width, dtype=torch.int32)
     increase = torch.empty(rows, cols // width, dtype=settings.dtype)
-    _run("obc_prune_blocks", problem, settings, progress, width, order, increase)
+    _run(
+        "obc_prune_blocks", units, settings, progress,
+        width, weight.shape[0] // rows, order, increase, weight=weight,
+    )  # fmt: skip
     return order, increase
 
 

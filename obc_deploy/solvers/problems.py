@@ -68,7 +68,7 @@ class DampedProblem:
     inverse: torch.Tensor
     group_of_row: torch.Tensor
 
-    def of_rows(self, rows: slice) -> DampedProblem:
+    def of_rows(self, rows: slice | torch.Tensor) -> DampedProblem:
         """Some of the rows alone."""
         return replace(self, weight=self.weight[rows], group_of_row=self.group_of_row[rows])
 
@@ -95,6 +95,11 @@ def check_scheme(
             f"scheme '{scheme}' needs input channels in multiples of {BLOCK_SIZE}, but layer "
             f"'{name}' ({rows}x{cols}) has {per_position}: leave the layer dense or use "
             "'unstructured@S'"
+        )
+    if isinstance(pattern, Block4) and rows % pattern.together:
+        raise SchemeError(
+            f"scheme '{scheme}' needs output channels in multiples of {pattern.together}, but "
+            f"layer '{name}' ({rows}x{cols}) has {rows}: use 'block4@S' for it"
         )
     if quantization is not None and quantization.group is not None and cols % quantization.group:
         raise SchemeError(

@@ -1,7 +1,8 @@
 """One row's greedy over blocks: argmin_B w_Bᵀ (G_BB)⁻¹ w_B, four columns at a time.
 
 With G_BB = L Lᵀ the score is |L⁻¹ w_B|², the update vectors are L⁻¹ G_B:, and the weights lose
-their sum times L⁻¹ w_B (OBC, arXiv 2208.11580, section 4, "block sparsity").
+their sum times L⁻¹ w_B (OBC, arXiv 2208.11580, section 4, "block sparsity"). Rows that share a
+mask share G as well; their scores are summed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class BlockRun:
 
     Attributes:
         inverse: the rows' inverses.
-        weight: (rows, size).
+        weight: (together, rows, size); those at one place share a mask.
         gram: (4, 4, rows, blocks left), G_BB; the lower triangles are kept up to date.
         closed: (rows, blocks left), infinite where a block is pruned already, else 0.
     """
@@ -40,7 +41,7 @@ class BlockRun:
         self.closed = self.closed.gather(1, places)
         within = torch.arange(BLOCK_SIZE, device=places.device)
         columns = (places[:, :, None] * BLOCK_SIZE + within).flatten(1)
-        self.weight = self.weight.gather(1, columns)
+        self.weight = self.weight.gather(2, columns.expand(len(self.weight), -1, -1))
         self.gram = inverse.diagonal_blocks(BLOCK_SIZE)
 
 
@@ -50,7 +51,7 @@ def prune_blocks(
     """Prune every block of every row.
 
     Args:
-        weight: (rows, cols), used up.
+        weight: (rows, cols), used up; or (together, rows, cols) of rows that share masks.
         inverse: the rows' inverses, used up.
         progress: told the share of the steps done.
         triton: whether a Triton kernel takes the steps between two updates of the inverse.
@@ -58,7 +59,9 @@ def prune_blocks(
     Returns:
         (rows, blocks) int64 pruned block and (rows, blocks) loss increase of each step.
     """
-    rows, cols = weight.shape
+    if weight.ndim == 2:
+        weight = weight[None]
+    _, rows, cols = weight.shape
     steps = cols // BLOCK_SIZE
     order = torch.empty(steps, rows, dtype=torch.int64, device=weight.device)
     increase = weight.new_empty(steps, rows)
@@ -81,12 +84,16 @@ def _prune(run: BlockRun, order: torch.Tensor, increase: torch.Tensor) -> None:
     within = torch.arange(BLOCK_SIZE, device=weight.device)
     floor = by_component(inverse.floor)
     for place, cost in zip(order, increase, strict=True):
-        whitened = whiten(run.gram, by_component(weight), floor)
-        torch.min(whitened.square().sum(0).add_(run.closed), 1, out=(cost, place))
+        whitened = [whiten(run.gram, by_component(each), floor) for each in weight]
+        scores = run.closed.clone()
+        for each in whitened:
+            scores.add_(each.square().sum(0))
+        torch.min(scores, 1, out=(cost, place))
         block = place[:, None]
         vectors = _eliminate(inverse, block * BLOCK_SIZE + within)
-        amount = whitened.gather(2, block.expand(BLOCK_SIZE, -1, 1)).permute(1, 2, 0)
-        weight.sub_((amount @ vectors).squeeze(1))
+        for each, white in zip(weight, whitened, strict=True):
+            amount = white.gather(2, block.expand(BLOCK_SIZE, -1, 1)).permute(1, 2, 0)
+            each.sub_((amount @ vectors).squeeze(1))
         _downdate(run.gram, vectors)
         run.closed.scatter_(1, block, torch.inf)
     columns = inverse.column.gather(1, order.T * BLOCK_SIZE)

@@ -75,10 +75,14 @@ def quantize_pruned(
             problem, needs_hessian=exact, device=there, threads=settings.threads
         )
         rows, cols = checked.weight.shape
-        check_scheme(scheme, rows=rows, cols=cols, channels=checked.channels, name=checked.name)
         quantization = scheme.quantization
         if quantization is None:
             raise SchemeError(f"layer '{checked.name}': scheme '{scheme}' has no quantization")
+        # Its pattern has been applied, and these may be some of the layer's rows.
+        check_scheme(
+            Scheme(None, quantization), rows=rows, cols=cols, channels=checked.channels,
+            name=checked.name,
+        )  # fmt: skip
         mask = pruned.mask.to(checked.weight.device)
         weight = pruned.weight.to(checked.weight).masked_fill(~mask, 0.0)
         # Of the pruned rows: survivors have grown to stand in for what is gone.

@@ -20,7 +20,8 @@ LAYER = LayerOutline("conv", rows=8, cols=72, channels=8)
 
 
 @pytest.mark.parametrize(
-    "text", ["dense", "w8a8", "w4g128", "2:4", "2:4+w4a4", "unstructured", "block4+w8a8"]
+    "text",
+    ["dense", "w8a8", "w4g128", "2:4", "2:4+w4a4", "unstructured", "block4+w8a8", "block4x2+w8a8"],
 )
 def test_a_family_reads_what_it_writes(text: str) -> None:
     assert str(Family.parse(text)) == text
@@ -30,12 +31,16 @@ def test_a_grid_has_all_its_levels_sparsest_last() -> None:
     levels = Family.parse("block4+w8a8").levels(LAYER)
     assert [str(level) for level in levels] == [f"block4@{s:g}+w8a8" for s in block4_sparsities()]
     assert len(Family.parse("unstructured").levels(LAYER)) == 45
+    shared = Family.parse("block4x2").levels(LAYER)
+    assert [str(level) for level in shared] == [f"block4x2@{s:g}" for s in block4_sparsities()]
 
 
 @pytest.mark.parametrize(
     ("text", "outline"),
     [
         ("block4", LayerOutline("first", 8, 27, 3)),
+        ("block4x2", LayerOutline("odd", 9, 72, 8)),
+        ("block4x2", LayerOutline("grouped", 6, 72, 8, groups=2)),
         ("2:4+w8a8", LayerOutline("first", 8, 27, 3)),
         ("w4g128", LAYER),
     ],

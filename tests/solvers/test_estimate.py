@@ -33,6 +33,7 @@ def work(*texts, **more):
 def test_a_trace_is_a_third_of_the_cube_for_each_row():
     assert work("unstructured@0.5").updates == pytest.approx(TRACE)
     assert work("block4@0.9").updates == pytest.approx(TRACE)
+    assert work("block4x2@0.9").updates == pytest.approx(TRACE / 2)  # two rows, one inverse
     assert work("w4").updates == pytest.approx(TRACE)
     assert work("2:4").updates < TRACE
     assert work("dense").updates == 0

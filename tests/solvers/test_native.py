@@ -24,7 +24,7 @@ from obc_deploy.errors import ProblemError
 from obc_deploy.schemes import NM, Block4, Quantization, Scheme
 from obc_deploy.solvers import LayerProblem, SolverSettings, native_rows, solve_levels
 from obc_deploy.solvers.best_weights import best_weight
-from obc_deploy.solvers.exact_obs import trace_blocks, trace_weights
+from obc_deploy.solvers.exact_obs import trace_blocks, trace_shared_blocks, trace_weights
 from obc_deploy.solvers.grids import find_grid
 from obc_deploy.solvers.obq import obq_codes, obq_codes_of_survivors
 from obc_deploy.solvers.problems import check_problem, damp
@@ -223,6 +223,18 @@ def _brute_force_blocks(row, width):
     gone = [np.flatnonzero((w.reshape(-1, width) == 0).all(1)) for w in after]
     order = [int(np.setdiff1d(*pair)[0]) for pair in zip(gone[1:], gone, strict=False)]
     return costs, order
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (6, 20), (8, 136, 2), (40, 48), (4, 72, 1, 4)])
+@pytest.mark.parametrize("lazy", [None, 4, 8])
+def test_rows_that_share_blocks_are_the_torch_solver(shape, lazy, instruction_set):
+    problem = damped(*case(*shape))
+    compiled = trace_shared_blocks(problem, replace(FLOAT64, lazy=lazy), silent)
+    plain = trace_shared_blocks(problem, TORCH64, silent)
+    assert torch.equal(compiled.together, plain.together)
+    torch.testing.assert_close(compiled.increase, plain.increase, rtol=1e-7, atol=1e-10)
+    if is_regular(shape):
+        assert torch.equal(compiled.order.long(), plain.order.long())
 
 
 @pytest.mark.parametrize(("cols", "width"), [(48, 3), (48, 32), (12, 8)])
