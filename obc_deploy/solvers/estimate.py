@@ -8,7 +8,7 @@ solves in double precision (weights of a mask, inverses of survivors) have a rat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,11 +104,14 @@ def layer_work(shape: LayerShape, settings: SolverSettings) -> Work:
     patterns = list(dict.fromkeys(s.pattern for s in shape.schemes if s.pattern is not None))
     kinds = dict.fromkeys(pattern_kind(pattern) for pattern in patterns)
     for kind in () if shape.pruned else kinds:
-        levels = [sparsity_of(p) for p in patterns if pattern_kind(p) == kind]
+        of_kind = [pattern for pattern in patterns if pattern_kind(pattern) == kind]
+        levels = [sparsity_of(pattern) for pattern in of_kind]
         if native and isinstance(kind, NM):
             total += run(cols, 1.0 - (1.0 - levels[0]) ** 3)
             continue
-        total += run(cols, _NM_SHARE if isinstance(kind, NM) else _share_of_inverses(kind))
+        total += run(
+            cols, _NM_SHARE if isinstance(kind, NM) else 1.0 / _rows_of_an_inverse(of_kind)
+        )
         total += Work(solves=rows * factored_share(levels) * cols**3 / 3)
     quantized: set[tuple[Pattern | None, Quantization]] = set()
     for scheme in shape.schemes:
@@ -264,6 +267,6 @@ def _near(cols: int) -> int:
     return size
 
 
-def _share_of_inverses(kind: object) -> float:
-    """Of a trace of all rows: those that share masks share inverses too."""
-    return 0.5 if kind == Block4(0.5, together=2).kind else 1.0
+def _rows_of_an_inverse(patterns: Sequence[Pattern]) -> int:
+    """Rows that share masks share inverses too; of patterns of one kind."""
+    return patterns[0].together if isinstance(patterns[0], Block4) else 1

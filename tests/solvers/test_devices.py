@@ -27,6 +27,7 @@ GPU = pytest.param(
 SCHEMES = [
     "unstructured@0.5", "unstructured@0.9", "block4@0.75", "2:4", "4:8", "w4", "w3-asym", "w4g16",
     "2:4+w8", "2:4+w4-asym", "unstructured@0.7+w4", "block4@0.5+w8",
+    "block4x2@0.75", "block4x2@0.5+w8",
 ]  # fmt: skip
 TORCH = {"float32": SolverSettings(torch.float32, native=False),
          "float64": SolverSettings(torch.float64, native=False)}  # fmt: skip
