@@ -35,7 +35,7 @@ EXAMPLES = (
     ("block4@0.9", "the same in blocks of four consecutive input channels"),
     (
         "block4x2@0.9",
-        "blocks that two output channels share, for ort-sparse: faster at as many",
+        "blocks that two output channels share: ort-sparse runs as many faster",
     ),
     ("2:4", "at most two weights in every four consecutive input channels"),
     ("block4@0.9+w8a8", "prune first, then quantize what is left"),
