@@ -84,16 +84,13 @@ def _prune(run: BlockRun, order: torch.Tensor, increase: torch.Tensor) -> None:
     within = torch.arange(BLOCK_SIZE, device=weight.device)
     floor = by_component(inverse.floor)
     for place, cost in zip(order, increase, strict=True):
-        whitened = [whiten(run.gram, by_component(each), floor) for each in weight]
-        scores = run.closed.clone()
-        for each in whitened:
-            scores.add_(each.square().sum(0))
-        torch.min(scores, 1, out=(cost, place))
+        whitened = whiten(run.gram, by_component(weight), floor)
+        torch.min(whitened.square().sum((0, 1)).add_(run.closed), 1, out=(cost, place))
         block = place[:, None]
         vectors = _eliminate(inverse, block * BLOCK_SIZE + within)
-        for each, white in zip(weight, whitened, strict=True):
-            amount = white.gather(2, block.expand(BLOCK_SIZE, -1, 1)).permute(1, 2, 0)
-            each.sub_((amount @ vectors).squeeze(1))
+        chosen = whitened.gather(3, block.expand(*whitened.shape[:2], -1, 1))
+        amount = chosen.squeeze(3).permute(2, 1, 0)  # (rows, together, 4)
+        weight.sub_((amount @ vectors).movedim(1, 0))
         _downdate(run.gram, vectors)
         run.closed.scatter_(1, block, torch.inf)
     columns = inverse.column.gather(1, order.T * BLOCK_SIZE)
@@ -101,8 +98,8 @@ def _prune(run: BlockRun, order: torch.Tensor, increase: torch.Tensor) -> None:
 
 
 def by_component(values: torch.Tensor) -> torch.Tensor:
-    """(rows, blocks · 4) seen as (4, rows, blocks)."""
-    return values.reshape(values.shape[0], -1, BLOCK_SIZE).movedim(2, 0)
+    """(..., rows, blocks · 4) seen as (4, ..., rows, blocks)."""
+    return values.reshape(*values.shape[:-1], -1, BLOCK_SIZE).movedim(-1, 0)
 
 
 def whiten(gram: torch.Tensor, values: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
@@ -110,7 +107,7 @@ def whiten(gram: torch.Tensor, values: torch.Tensor, floor: torch.Tensor) -> tor
 
     Args:
         gram: (4, 4, rows, blocks) G_BB; its lower triangle is read.
-        values: (4, rows, n) v; n is the number of blocks, or any where there is one block.
+        values: (4, ..., rows, n) v; n is the number of blocks, or any where there is one block.
         floor: (4, rows, blocks) what no pivot can fall below but by rounding.
     """
     lower: list[list[torch.Tensor]] = []

@@ -204,7 +204,6 @@ Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int6
 struct Cut {
     int tile;  // index of its shape
     Geometry geometry;
-    Cost cost;
     Shares shares;
 };
 
@@ -212,7 +211,7 @@ struct Cut {
 Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const ConvolutionKernels& kernels,
              const int64_t* blocks, int64_t threads) {
     const int64_t in_blocks = shape.input.blocks();
-    Cut best = {0, {}, {}, {1, 1, std::numeric_limits<double>::infinity()}};
+    Cut best = {0, {}, {1, 1, std::numeric_limits<double>::infinity()}};
     for (int t = 0; t < kernels.shape_count; ++t) {
         const TileShape& tile = kernels.shapes[t];
         const bool fits =
@@ -230,7 +229,7 @@ Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const Co
                 g.groups = ceil_divide(in_blocks, in_group);
                 const Cost cost = cost_of(shape, tile, g, kernels, blocks);
                 const Shares shares = shares_of(g, cost, shape.out_channels, threads);
-                if (shares.cycles < best.shares.cycles) best = Cut{t, g, cost, shares};
+                if (shares.cycles < best.shares.cycles) best = Cut{t, g, shares};
                 if (in_group <= near) break;
             }
         }
@@ -242,12 +241,13 @@ Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const Co
 Cut best_cut_for(const ConvolutionShape& shape, const BlockedShape& output, const ConvolutionKernels& kernels,
                  const int64_t* blocks, const std::function<int64_t()>& threads) {
     Cut alone = best_cut(shape, output, kernels, blocks, 1);
-    if (alone.cost.total <= kSharingCycles) {
+    const double cycles = alone.shares.cycles;
+    if (cycles <= kSharingCycles) {
         alone.shares.tasks = 1;
         return alone;
     }
-    if (alone.geometry.tiles >= kManyTiles && alone.cost.total >= kManyTasks * kTaskCycles) {
-        alone.shares.tasks = tasks_of(alone.geometry.tiles, alone.cost.total, 1);
+    if (alone.geometry.tiles >= kManyTiles && cycles >= kManyTasks * kTaskCycles) {
+        alone.shares.tasks = tasks_of(alone.geometry.tiles, cycles, 1);
         return alone;
     }
     const int64_t known_threads = threads();

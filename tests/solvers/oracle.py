@@ -64,32 +64,39 @@ def _increase(w, h, left, chosen):
     return w[chosen] @ np.linalg.solve(inverse[np.ix_(at, at)], w[chosen])
 
 
-def _trace_row(w, h, width):
-    """Loss increases, and weights after 0, 1, 2... prunings, of one row."""
-    w, left = w.copy(), list(range(len(w)))
-    increases, snapshots = [], [w.copy()]
+def _trace(rows, h, width):
+    """Loss increases, and weights after 0, 1, 2... prunings, of rows that share a mask."""
+    rows, left = rows.copy(), list(range(rows.shape[1]))
+    increases, snapshots = [], [rows.copy()]
     while left:
         blocks = [left[i : i + width] for i in range(0, len(left), width)]
-        costs = [_increase(w, h, left, block) for block in blocks]
+        costs = [sum(_increase(w, h, left, block) for w in rows) for block in blocks]
         best = int(np.argmin(costs))
         increases.append(costs[best])
-        left = _remove(w, h, left, blocks[best], np.zeros(width))
-        snapshots.append(w.copy())
+        for w in rows:
+            after = _remove(w, h, left, blocks[best], np.zeros(width))
+        left = after
+        snapshots.append(rows.copy())
     return increases, snapshots
 
 
-def prune_globally(weight, hessian, sparsity, width):
-    """Unstructured (width 1) or block pruning with one choice over all rows."""
-    traces = [
-        _trace_row(w, h, width)
-        for w, h in zip(weight, row_hessians(hessian, len(weight)), strict=True)
-    ]
-    count = math.ceil(Decimal(weight.size // width) * Decimal(repr(sparsity)))
-    steps = sorted((cost, row) for row, (costs, _) in enumerate(traces) for cost in costs)
-    taken = [0] * len(weight)
-    for _, row in steps[:count]:
-        taken[row] += 1
-    return np.array([snapshots[n] for n, (_, snapshots) in zip(taken, traces, strict=True)])
+def prune_globally(weight, hessian, sparsity, width, together=None):
+    """Unstructured (width 1) or block pruning with one choice over all rows.
+
+    `together` are lists of rows that share a mask; each row has its own where not given.
+    """
+    units = [[row] for row in range(len(weight))] if together is None else together
+    each = row_hessians(hessian, len(weight))
+    traces = [_trace(weight[rows], each[rows[0]], width) for rows in units]
+    count = math.ceil(Decimal(sum(len(costs) for costs, _ in traces)) * Decimal(repr(sparsity)))
+    steps = sorted((cost, unit) for unit, (costs, _) in enumerate(traces) for cost in costs)
+    taken = [0] * len(units)
+    for _, unit in steps[:count]:
+        taken[unit] += 1
+    result = np.empty_like(weight)
+    for rows, n, (_, snapshots) in zip(units, taken, traces, strict=True):
+        result[rows] = snapshots[n]
+    return result
 
 
 def prune_nm(weight, hessian, n, m):

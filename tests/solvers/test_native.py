@@ -219,8 +219,8 @@ def test_blocks_of_any_width_are_brute_force(width, lazy, dtype, instruction_set
 def _brute_force_blocks(row, width):
     weight, hessian = case(3, 48, 3)
     stiff = oracle.damped(hessian, DAMPING)[row]
-    costs, after = oracle._trace_row(weight[row], stiff, width)
-    gone = [np.flatnonzero((w.reshape(-1, width) == 0).all(1)) for w in after]
+    costs, after = oracle._trace(weight[[row]], stiff, width)
+    gone = [np.flatnonzero((w.reshape(-1, width) == 0).all(1)) for (w,) in after]
     order = [int(np.setdiff1d(*pair)[0]) for pair in zip(gone[1:], gone, strict=False)]
     return costs, order
 

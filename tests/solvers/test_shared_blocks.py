@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -45,34 +44,6 @@ def damped_problem(weight, hessian, damping=0.01):
     return damp(check_problem(layer, needs_hessian=True, device=CPU))
 
 
-def pruned_by_hand(weight, hessian, pairs, sparsity):
-    """Each pair's greedy with a fresh inverse at every step, then one choice over all pairs."""
-    stack = oracle.row_hessians(hessian, len(weight))
-    traces = []
-    for pair in pairs:
-        both, left, h = weight[pair].copy(), list(range(weight.shape[1])), stack[pair[0]]
-        costs, snapshots = [], [both.copy()]
-        while left:
-            blocks = [left[i : i + 4] for i in range(0, len(left), 4)]
-            of_blocks = [sum(oracle._increase(w, h, left, b) for w in both) for b in blocks]
-            best = int(np.argmin(of_blocks))
-            costs.append(of_blocks[best])
-            for w in both:
-                after = oracle._remove(w, h, left, blocks[best], np.zeros(4))
-            left = after
-            snapshots.append(both.copy())
-        traces.append((costs, snapshots))
-    count = math.ceil(Decimal(weight.size // 8) * Decimal(repr(sparsity)))
-    steps = sorted((cost, unit) for unit, (costs, _) in enumerate(traces) for cost in costs)
-    taken = [0] * len(pairs)
-    for _, unit in steps[:count]:
-        taken[unit] += 1
-    result = np.empty_like(weight)
-    for pair, n, (_, snapshots) in zip(pairs, taken, traces, strict=True):
-        result[pair] = snapshots[n]
-    return result
-
-
 @quick
 @given(problems(), st.sampled_from([0.25, 0.5, 0.8]))
 def test_shared_blocks_are_brute_force(problem, sparsity):
@@ -83,7 +54,7 @@ def test_shared_blocks_are_brute_force(problem, sparsity):
         groups=1 if hessian.ndim == 2 else len(hessian),
     )
     alive, stiff = prepared(weight, hessian, damping)
-    expected = pruned_by_hand(alive, stiff, pairs.tolist(), sparsity)
+    expected = oracle.prune_globally(alive, stiff, sparsity, 4, pairs.tolist())
     np.testing.assert_allclose(solved.weight, expected, rtol=1e-6, atol=1e-7)
     for one, other in pairs.tolist():
         np.testing.assert_array_equal(solved.mask[one], solved.mask[other])

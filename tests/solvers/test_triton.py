@@ -99,7 +99,7 @@ def test_traces_lose_what_brute_force_loses(shape, width, device):
     stiff = oracle.row_hessians(oracle.damped(hessian, DAMPING), len(weight))
     alive = oracle.without_dead(weight, hessian)
     for found, w, h in zip(trace.increase.cpu(), alive, stiff, strict=True):
-        expected, _ = oracle._trace_row(w, h, width)
+        expected, _ = oracle._trace(w[None], h, width)
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-12)
 
 
