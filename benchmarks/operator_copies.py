@@ -91,8 +91,9 @@ class _Bound:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Threads wait for work by spinning, some 50 ms, and would do so while other sessions run.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Threads wait for the next run by spinning, so that it finds them awake, as it does in use;
+        # but not for 50 ms, as they would by themselves: other sessions have their turn then.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
         options.log_severity_level = 3
         options.register_custom_ops_library(str(sparse.library_path()))
         self._session = onnxruntime.InferenceSession(

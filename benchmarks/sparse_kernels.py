@@ -55,6 +55,7 @@ from obc_deploy.errors import MeasurementError, ObcDeployError
 from obc_deploy.exporters.frames import Frame, gains_by_margin
 from obc_deploy.exporters.sparse_blocks import stored_blocks
 from obc_deploy.runtimes import sparse
+from obc_deploy.runtimes.regions import joined
 
 if TYPE_CHECKING:
     from obc_deploy.runtimes.session import Session
@@ -206,7 +207,7 @@ class Layer:
         return network.model(outputs, (batch, shape.size, shape.size, shape.channels), np.uint8)
 
     def blocked(self, batch: int, copies: int) -> bytes:
-        """Ours, on blocked codes; they are blocked once for all copies."""
+        """Ours, on blocked codes; they are blocked once for all copies, and all are one region."""
         shape, network, stored = self.shape, Network(), stored_blocks(self.codes)
         frame = self.frame(len(stored.values))
         x = network.own("ToBlocks", ["x"], zero_point=ZERO, **frame.attributes())
@@ -223,7 +224,7 @@ class Layer:
                     **frame.attributes("input_"), **self.windows, **GRID,
                 )
             )  # fmt: skip
-        return network.model(outputs, self._input(batch), np.uint8)
+        return _in_regions(network.model(outputs, self._input(batch), np.uint8))
 
     def between_floats(self, batch: int) -> bytes:
         """ONNX Runtime's operator between quantizers, as DeepSparse wants it."""
@@ -254,6 +255,14 @@ class Layer:
 
     def _input(self, batch: int) -> tuple[int, ...]:
         return (batch, self.shape.channels, self.shape.size, self.shape.size)
+
+
+def _in_regions(content: bytes) -> bytes:
+    """As our exporter writes a network."""
+    import onnx
+
+    content = joined(onnx.ModelProto.FromString(content)).SerializeToString()
+    return content
 
 
 def layer_of(shape: Shape, zeros: float, together: int = 1, seed: int = 0) -> Layer:

@@ -31,6 +31,7 @@ from obc_deploy.quantized_network import (
     QUANTIZE_DEQUANTIZE_FLOAT8,
     owner_of_codes,
 )
+from obc_deploy.runtimes.regions import joined
 from obc_deploy.targets import Format, Target
 
 if TYPE_CHECKING:
@@ -210,8 +211,9 @@ def build_onnx(
         if not sparse.layers:
             dense_bytes = None
     outputs = _layer_outputs(graph, weights)
+    proto = ir.to_proto(graph)
     return BuiltOnnx(
-        ir.to_proto(graph),
+        joined(proto) if target.sparse_operators else proto,
         reference,
         codes,
         outputs,

@@ -30,6 +30,7 @@ from obc_deploy.capture import parameter_name
 from obc_deploy.errors import ExportError
 from obc_deploy.quantized_network import DEQUANTIZE, OWNER_SUFFIX
 from obc_deploy.runtimes.onnxruntime_cpu import libraries
+from obc_deploy.runtimes.regions import separated
 from obc_deploy.targets import Precision
 
 FLOAT_TOLERANCE = 1e-3
@@ -214,7 +215,7 @@ class _OnnxValues:
 
     def __init__(self, path: Path, views: Sequence[onnx.NodeProto], optimized: bool) -> None:
         self._optimized = optimized
-        self.model = onnx.load(path)
+        self.model = separated(onnx.load(path))
         self.model.graph.node.extend(views)
         self._libraries = libraries({node.domain for node in self.model.graph.node})
         self.outputs = [output.name for output in self.model.graph.output]

@@ -203,6 +203,7 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
     from obc_deploy.exporters.sparse_float import LEAST_ZEROS, float_zeros
     from obc_deploy.exporters.sparse_onnxruntime import to_sparse_operators, zero_blocks
     from obc_deploy.runtimes.onnxruntime_cpu import libraries
+    from obc_deploy.runtimes.regions import joined
     from obc_deploy.runtimes.sparse import DOMAIN
 
     if not target.sparse_operators:
@@ -240,7 +241,7 @@ def rewrite_onnx(source: Path, path: Path, target: Target, *, check: bool = True
         )
     _forget_sizes(model)
     model.ir_version = min(model.ir_version, target.ir_version)
-    proto = ir.to_proto(model)
+    proto = joined(ir.to_proto(model))
     error = None
     if check:
         wanted, found = _run(original, feeds), _run(proto, feeds)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obc_deploy.errors import ArtifactError
+from obc_deploy.runtimes.regions import separated
 from obc_deploy.runtimes.sparse import DOMAIN
 from obc_deploy.schemes import BLOCK_SIZE
 
@@ -99,7 +100,7 @@ class OnnxGraph:
         ir_version: version of the file format.
         opset: version of the standard operators.
         sparse_version: version of our sparse operators; 0 where the file asks for none.
-        nodes: operators in the file's order.
+        nodes: operators in the file's order, those of regions one by one.
         shapes: sizes of the initializers.
     """
 
@@ -229,7 +230,7 @@ def read_onnx_graph(path: Path) -> OnnxGraph:
         path=path,
         ir_version=model.ir_version,
         opset=versions.get("", versions.get("ai.onnx", 0)),
-        nodes=_nodes(model.graph),
+        nodes=_nodes(separated(model).graph),
         shapes={weight.name: tuple(weight.dims) for weight in model.graph.initializer},
         sparse_version=versions.get(DOMAIN, 0),
     )

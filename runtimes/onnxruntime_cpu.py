@@ -65,7 +65,8 @@ def refusals(graph: OnnxGraph) -> tuple[str, ...]:
             f"it has operators of our sparse kernels, and these are {_missing()}; or export with "
             "target onnxruntime",
         )
-    if sparse.DOMAIN in graph.domains and graph.sparse_version != sparse.DOMAIN_VERSION:
+    known = range(sparse.OLDEST_DOMAIN_VERSION, sparse.DOMAIN_VERSION + 1)
+    if sparse.DOMAIN in graph.domains and graph.sparse_version not in known:
         return (
             f"it was written for version {graph.sparse_version} of our sparse operators, and they "
             f"are at version {sparse.DOMAIN_VERSION} here: export it again",

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from obc_deploy.errors import ArtifactError
 from obc_deploy.runtimes.onnx_graph import read_onnx_graph
+from obc_deploy.runtimes.regions import separated
 
 if TYPE_CHECKING:
     import onnx
@@ -91,7 +92,7 @@ class _File:
 
         read_onnx_graph(path)
         try:
-            self.graph = onnx.load(path).graph
+            self.graph = separated(onnx.load(path)).graph
         except Exception as error:
             raise ArtifactError(
                 f"the weights of '{path}' cannot be read ({' '.join(str(error).split())[:160]}); "

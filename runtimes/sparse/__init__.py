@@ -26,8 +26,10 @@ from obc_deploy.compiled_library import (
 from obc_deploy.whole_files import whole_file
 
 DOMAIN = "obc_deploy.sparse"
-DOMAIN_VERSION = 2
-"""Of what OPERATORS.md says; the library runs files that were written for this one."""
+DOMAIN_VERSION = 3
+"""Of what OPERATORS.md says: that of files that are written now."""
+OLDEST_DOMAIN_VERSION = 2
+"""The library runs files that were written for this one, and for all up to the present one."""
 DISABLE_VARIABLE = "OBC_DEPLOY_SPARSE"
 """Set to 0 to do without the sparse kernels."""
 LIBRARY_VARIABLE = "OBC_DEPLOY_SPARSE_LIBRARY"

@@ -17,7 +17,7 @@ class AttributeSource {
     virtual std::optional<float> find_float(const char* name) const = 0;
     virtual std::optional<std::vector<int64_t>> find_ints(const char* name) const = 0;
     virtual std::optional<std::vector<float>> find_floats(const char* name) const = 0;
-    virtual bool is_string(const char* name) const = 0;
+    virtual std::optional<std::string> find_string(const char* name) const = 0;
 };
 
 class KernelAttributes final : public AttributeSource {
@@ -40,9 +40,14 @@ class KernelAttributes final : public AttributeSource {
     std::optional<std::vector<float>> find_floats(const char* name) const override {
         return find_list<float>(api_.kernel_info_get_floats, name);
     }
-    bool is_string(const char* name) const override {
-        size_t size = 0;
-        return succeeded(api_, api_.kernel_info_get_string(info_, name, nullptr, &size));
+    std::optional<std::string> find_string(const char* name) const override {
+        size_t size = 0;  // with the zero that ends it
+        if (!succeeded(api_, api_.kernel_info_get_string(info_, name, nullptr, &size)) || size == 0)
+            return std::nullopt;
+        std::string text(size, '\0');
+        if (!succeeded(api_, api_.kernel_info_get_string(info_, name, text.data(), &size))) return std::nullopt;
+        text.resize(size - 1);
+        return text;
     }
 
   private:
@@ -78,7 +83,11 @@ class InferenceAttributes final : public AttributeSource {
     std::optional<std::vector<float>> find_floats(const char* name) const override {
         return find_list<float>(name, ort::kFloatsAttribute);
     }
-    bool is_string(const char*) const override { return false; }
+    std::optional<std::string> find_string(const char* name) const override {
+        const auto found = find_list<char>(name, ort::kStringAttribute);
+        if (!found) return std::nullopt;
+        return std::string(found->begin(), found->end());
+    }
 
   private:
     const ort::Attribute* find(const char* name) const {
@@ -115,6 +124,33 @@ class InferenceAttributes final : public AttributeSource {
 
     const ort::Api& api_;
     const ort::InferenceContext* context_;
+};
+
+// Those of one of a region's operators: each name ends with the operator's number.
+class NumberedAttributes final : public AttributeSource {
+  public:
+    NumberedAttributes(const AttributeSource& all, int64_t number)
+        : all_(all), ending_("_" + std::to_string(number)) {}
+
+    std::optional<int64_t> find_int(const char* name) const override {
+        return all_.find_int((name + ending_).c_str());
+    }
+    std::optional<float> find_float(const char* name) const override {
+        return all_.find_float((name + ending_).c_str());
+    }
+    std::optional<std::vector<int64_t>> find_ints(const char* name) const override {
+        return all_.find_ints((name + ending_).c_str());
+    }
+    std::optional<std::vector<float>> find_floats(const char* name) const override {
+        return all_.find_floats((name + ending_).c_str());
+    }
+    std::optional<std::string> find_string(const char* name) const override {
+        return all_.find_string((name + ending_).c_str());
+    }
+
+  private:
+    const AttributeSource& all_;
+    std::string ending_;
 };
 
 struct Limits {
@@ -163,6 +199,10 @@ class Attributes {
 
     bool has_float(const char* name) const { return find_float(name).has_value(); }
 
+    std::string text(const char* name) const {
+        return needed(name, typed(name, source_.find_string(name), "a string"));
+    }
+
     int64_t channels() const { return integer("channels", {1, kMostChannels}); }
 
   private:
@@ -183,7 +223,7 @@ class Attributes {
     template <class T>
     std::optional<T> typed(const char* name, std::optional<T> found, const char* type) const {
         if (!found && (source_.find_int(name) || source_.find_float(name) || source_.find_ints(name) ||
-                       source_.find_floats(name) || source_.is_string(name))) {
+                       source_.find_floats(name) || source_.find_string(name))) {
             refuse("attribute '", name, "' has another type, expected ", type);
         }
         return found;

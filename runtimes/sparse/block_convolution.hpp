@@ -3,7 +3,7 @@
 // A block is four consecutive input channels of one output channel at one kernel position: the four
 // products that one VNNI instruction adds up. Only blocks with a non-zero weight are stored.
 //
-//     plan = ConvolutionPlan(shape, weights, requantization, residual, set, threads)      allocates
+//     plan = ConvolutionPlan(shape, weights, requantization, residual, set, threads, waiting)   allocates
 //     for each task, on any thread: plan.run(tensors, task, scratch)                      does not
 //
 // A plan belongs to one shape of the input (it holds the weights in the order in which this shape
@@ -271,11 +271,12 @@ struct ScratchLayout {
 
 class ConvolutionPlan {
 public:
-    // `threads` says how many will run tasks; it is asked where that matters. Throws std::bad_alloc, what
-    // `threads` throws, and nothing else; the caller has checked what is said above.
+    // `threads` says how many will run tasks; it is asked where that matters. Those that wait for tasks begin
+    // sooner than those that must be called. Throws std::bad_alloc, what `threads` throws, and nothing else;
+    // the caller has checked what is said above.
     ConvolutionPlan(const ConvolutionShape& shape, const BlockWeights& weights,
                     const Requantization& requantization, const ResidualAdd& residual,
-                    const ConvolutionKernels& kernels, const std::function<int64_t()>& threads);
+                    const ConvolutionKernels& kernels, const std::function<int64_t()>& threads, bool waiting);
 
     // What threads take turns at: units in a row, which are parts of tiles.
     int64_t tasks() const { return tasks_; }
@@ -297,6 +298,7 @@ public:
     int tile_;         // index of the tile's shape
     int64_t tiles_;
     int64_t tasks_;
+    int64_t threads_;  // that it was made for, or more
     int64_t parts_;    // of a tile: as many units, with a share of the chunks of output channels each
     int64_t down_;     // subtiles of an image
     int64_t across_;

@@ -35,13 +35,21 @@ constexpr double kOwnSecondCache = 48 * 1024;
 constexpr int64_t kManyTiles = 64;
 constexpr double kManyTasks = 64;
 
-// What a task takes beside its tiles, and calling other threads, in cycles. Tasks are long next to the former.
+// What a task takes beside its tiles, in cycles.
 constexpr double kUnitCycles = 1000;
-constexpr double kSharingCycles = 8000;
-constexpr double kTaskCycles = 8000;
+
+// What it takes that other threads begin, and what a task takes at least, to be long next to that.
+struct Calling {
+    double sharing_cycles;
+    double task_cycles;
+};
+constexpr Calling kCalled = {8000, 8000};
+constexpr Calling kWaiting = {1500, 3000};
 
 // Of a unit: what the last thread is late by, for none is as fast as another all the time.
 constexpr double kUneven = 0.05;
+
+constexpr int64_t kAnyThreads = std::numeric_limits<int64_t>::max();
 
 // A task takes a while to begin. Of several, a thread that did not come in time to be counted finds work later.
 constexpr int64_t kTasksOfOneThread = 4;
@@ -176,14 +184,15 @@ struct Shares {
     double cycles;  // until the last thread is done
 };
 
-int64_t tasks_of(int64_t units, double cycles, int64_t threads) {
-    const double of_a_thread = cycles / static_cast<double>(threads) / kTaskCycles;
+int64_t tasks_of(int64_t units, double cycles, int64_t threads, const Calling& calling) {
+    const double of_a_thread = cycles / static_cast<double>(threads) / calling.task_cycles;
     return std::min(units, threads * std::max<int64_t>(1, static_cast<int64_t>(of_a_thread)));
 }
 
 // Few tiles leave threads without work: then the output channels of each are shared out too, in as many parts
 // as end first by the estimate. Each part packs the tile for itself. Small layers end first on one thread.
-Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int64_t threads) {
+Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int64_t threads,
+                 const Calling& calling) {
     if (threads == 1) return Shares{1, std::min(g.tiles, kTasksOfOneThread), cost.total};
     const double tiles = static_cast<double>(g.tiles);
     const int64_t most = std::min(ceil_divide(2 * threads, g.tiles), ceil_divide(out_channels, kBandWindow));
@@ -193,9 +202,10 @@ Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int6
         if (units == 1) continue;
         const double rounds = static_cast<double>(ceil_divide(units, threads));
         const double unit = (cost.packing + (cost.total - cost.packing) / static_cast<double>(parts)) / tiles;
-        const double cycles = rounds * (unit + kUnitCycles) + kUneven * unit + kSharingCycles;
+        const double cycles = rounds * (unit + kUnitCycles) + kUneven * unit + calling.sharing_cycles;
         if (cycles >= best.cycles) continue;
-        best = Shares{parts, tasks_of(units, unit * static_cast<double>(units), threads), cycles};
+        best = Shares{parts, tasks_of(units, unit * static_cast<double>(units), threads, calling),
+                      cycles};
     }
     return best;
 }
@@ -205,13 +215,14 @@ struct Cut {
     int tile;  // index of its shape
     Geometry geometry;
     Shares shares;
+    int64_t threads;  // as many as it is for, or fewer
 };
 
 // The one that ends first.
 Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const ConvolutionKernels& kernels,
-             const int64_t* blocks, int64_t threads) {
+             const int64_t* blocks, int64_t threads, const Calling& calling) {
     const int64_t in_blocks = shape.input.blocks();
-    Cut best = {0, {}, {1, 1, std::numeric_limits<double>::infinity()}};
+    Cut best = {0, {}, {1, 1, std::numeric_limits<double>::infinity()}, threads};
     for (int t = 0; t < kernels.shape_count; ++t) {
         const TileShape& tile = kernels.shapes[t];
         const bool fits =
@@ -228,8 +239,8 @@ Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const Co
             for (int64_t in_group = std::min(in_blocks, most);; in_group = std::max(near, in_group / 2)) {
                 g.groups = ceil_divide(in_blocks, in_group);
                 const Cost cost = cost_of(shape, tile, g, kernels, blocks);
-                const Shares shares = shares_of(g, cost, shape.out_channels, threads);
-                if (shares.cycles < best.shares.cycles) best = Cut{t, g, shares};
+                const Shares shares = shares_of(g, cost, shape.out_channels, threads, calling);
+                if (shares.cycles < best.shares.cycles) best = Cut{t, g, shares, threads};
                 if (in_group <= near) break;
             }
         }
@@ -239,19 +250,21 @@ Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const Co
 
 // As above, for as many threads as there are. Where that does not matter nobody is asked.
 Cut best_cut_for(const ConvolutionShape& shape, const BlockedShape& output, const ConvolutionKernels& kernels,
-                 const int64_t* blocks, const std::function<int64_t()>& threads) {
-    Cut alone = best_cut(shape, output, kernels, blocks, 1);
+                 const int64_t* blocks, const std::function<int64_t()>& threads, const Calling& calling) {
+    Cut alone = best_cut(shape, output, kernels, blocks, 1, calling);
     const double cycles = alone.shares.cycles;
-    if (cycles <= kSharingCycles) {
+    if (cycles <= calling.sharing_cycles) {
         alone.shares.tasks = 1;
+        alone.threads = kAnyThreads;
         return alone;
     }
-    if (alone.geometry.tiles >= kManyTiles && cycles >= kManyTasks * kTaskCycles) {
-        alone.shares.tasks = tasks_of(alone.geometry.tiles, cycles, 1);
+    if (alone.geometry.tiles >= kManyTiles && cycles >= kManyTasks * calling.task_cycles) {
+        alone.shares.tasks = tasks_of(alone.geometry.tiles, cycles, 1, calling);
+        alone.threads = kAnyThreads;
         return alone;
     }
     const int64_t known_threads = threads();
-    return known_threads == 1 ? alone : best_cut(shape, output, kernels, blocks, known_threads);
+    return known_threads == 1 ? alone : best_cut(shape, output, kernels, blocks, known_threads, calling);
 }
 
 SumsAre known_of_sums(const BlockWeights& weights, const Requantization& how, int64_t out_channels) {
@@ -301,7 +314,8 @@ bool supported(const ConvolutionKernels& kernels) {
 
 ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeights& weights,
                                  const Requantization& requantization, const ResidualAdd& residual,
-                                 const ConvolutionKernels& kernels, const std::function<int64_t()>& threads)
+                                 const ConvolutionKernels& kernels, const std::function<int64_t()>& threads,
+                                 bool waiting)
     : shape_(shape),
       output_(shape.output()),
       residual_shape_(output_),
@@ -315,7 +329,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     const std::vector<Band> bands = bands_of(weights, out_channels, kernels.band_channels);
     int64_t blocks[kBandSizes] = {};
     for (const Band& band : bands) blocks[band.size()] += static_cast<int64_t>(band.blocks.size());
-    const Cut cut = best_cut_for(shape, output_, kernels, blocks, threads);
+    const Cut cut = best_cut_for(shape, output_, kernels, blocks, threads, waiting ? kWaiting : kCalled);
     const Geometry& best = cut.geometry;
     const TileShape& tile = kernels.shapes[cut.tile];
     tile_ = cut.tile;
@@ -324,6 +338,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     tiles_ = best.tiles;
     parts_ = cut.shares.parts;
     tasks_ = cut.shares.tasks;
+    threads_ = cut.threads;
     down_ = best.down;
     across_ = best.across;
     position_rows_ = best.position_rows;

@@ -75,12 +75,28 @@ inline Tensor tensor(const ort::Api& api, const ort::Value* value) {
     return result;
 }
 
+// The host checks the types of a node's inputs; those of a region's operators it does not know.
+inline void require_type(const Tensor& tensor, const char* name, ort::ElementType type) {
+    if (tensor.type != type) {
+        refuse("input '", name, "' has element type ", int(tensor.type), ", expected ", int(type));
+    }
+}
+
 // Inputs that are the same in each run: initializers.
 class Constants {
   public:
     Constants(const ort::Api& api, const ort::KernelInfo* info) : api_(api), info_(info) {}
 
+    // Of an operator within a node: `places` says which of the node's inputs each of its own is. It
+    // outlives this.
+    Constants(const ort::Api& api, const ort::KernelInfo* info, const std::vector<int64_t>& places)
+        : api_(api), info_(info), places_(&places) {}
+
     std::optional<Tensor> find(size_t index) const {
+        if (places_) {
+            if (index >= places_->size() || (*places_)[index] < 0) return std::nullopt;
+            index = size_t((*places_)[index]);
+        }
         int is_constant = 0;
         const ort::Value* value = nullptr;
         if (!succeeded(api_, api_.kernel_info_get_constant_input(info_, index, &is_constant, &value)) ||
@@ -100,27 +116,82 @@ class Constants {
   private:
     const ort::Api& api_;
     const ort::KernelInfo* info_;
+    const std::vector<int64_t>* places_ = nullptr;
+};
+
+// Threads that take turns at an operator's work.
+class Threads {
+  public:
+    virtual ~Threads() = default;
+    // Calls one(user, 0) to one(user, total - 1), and returns when all are done.
+    virtual void each(int64_t total, void (*one)(void* user, size_t index), void* user) const = 0;
+    // How many there are; may wait a moment for those that are to come.
+    virtual int64_t count() const = 0;
+    // How many are known to be there by now.
+    virtual int64_t present() const = 0;
+    // Whether they wait for work, and begin a fraction of a microsecond after a call, or must be called.
+    virtual bool waiting() const = 0;
+};
+
+constexpr int64_t kMostThreads = 64;
+
+// Asked for once: the answer is in a file of the system's.
+inline int64_t cores() {
+    static const int64_t count = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), kMostThreads);
+    return count;
+}
+
+// The session's own.
+class HostThreads final : public Threads {
+  public:
+    HostThreads(const ort::Api& api, ort::KernelContext* context) : api_(api), context_(context) {}
+
+    void each(int64_t total, void (*one)(void* user, size_t index), void* user) const override {
+        require(api_.kernel_context_parallel_for(context_, one, size_t(total), 0, user));
+    }
+
+    // Those that come within a moment, at most as many as there are cores.
+    int64_t count() const override {
+        if (cores() < 2) return 1;
+        struct Seen {
+            std::mutex mutex;
+            std::vector<std::thread::id> threads;
+            std::atomic<int64_t> count{0};
+            std::chrono::steady_clock::time_point end = std::chrono::steady_clock::now() + kWait;
+        } seen;
+        seen.threads.reserve(size_t(cores()));
+        const auto come = [](void* user, size_t) {
+            Seen& all = *static_cast<Seen*>(user);
+            {
+                std::lock_guard<std::mutex> lock(all.mutex);
+                const std::thread::id self = std::this_thread::get_id();
+                if (std::find(all.threads.begin(), all.threads.end(), self) == all.threads.end()) {
+                    all.threads.push_back(self);
+                    ++all.count;
+                }
+            }
+            while (all.count < cores() && std::chrono::steady_clock::now() < all.end) {
+            }
+        };
+        each(cores(), come, &seen);
+        return seen.count;
+    }
+
+    int64_t present() const override { return 1; }
+    bool waiting() const override { return false; }
+
+  private:
+    static constexpr std::chrono::microseconds kWait{300};
+
+    const ort::Api& api_;
+    ort::KernelContext* context_;
 };
 
 // One run of one operator.
 class Run {
   public:
-    // Inputs of `known` are the same in each run: asking the host for a tensor takes a while.
-    Run(const ort::Api& api, ort::KernelContext* context, const std::vector<std::optional<Tensor>>& known)
-        : api_(api), context_(context) {
-        size_t count = 0;
-        require(api.kernel_context_get_input_count(context, &count));
-        inputs_.reserve(count);
-        for (size_t i = 0; i < count; ++i) {
-            if (i < known.size() && known[i]) {
-                inputs_.push_back(*known[i]);
-                continue;
-            }
-            const ort::Value* value = nullptr;
-            require(api.kernel_context_get_input(context, i, &value));
-            inputs_.push_back(value ? tensor(api, value) : Tensor{});
-        }
-    }
+    // Both outlive it.
+    Run(const std::vector<Tensor>& inputs, const Threads& threads) : inputs_(inputs), threads_(threads) {}
 
     const std::vector<Tensor>& inputs() const { return inputs_; }
     const Tensor& input(size_t index) const { return inputs_[index]; }
@@ -128,15 +199,9 @@ class Run {
         return index < inputs_.size() && inputs_[index].type != ort::kUndefined;
     }
 
-    Tensor output(ort::ElementType type, const Shape& shape) const {
-        ort::Value* value = nullptr;
-        require(api_.kernel_context_get_output(context_, 0, shape.data(), shape.size(), &value));
-        Tensor output{type, shape};
-        require(api_.get_tensor_mutable_data(value, &output.data));
-        return output;
-    }
+    const Threads& threads() const { return threads_; }
 
-    // Calls body(0) to body(total - 1), spread over the session's own threads.
+    // Calls body(0) to body(total - 1), spread over the threads.
     template <class Body>
     void parallel(int64_t total, const Body& body) const {
         if (total <= 0) return;
@@ -153,39 +218,16 @@ class Run {
                 mine.failed = true;
             }
         };
-        require(api_.kernel_context_parallel_for(context_, one, size_t(total), 0, &shared));
+        threads_.each(total, one, &shared);
         if (shared.failed) throw std::bad_alloc();
-    }
-
-    // Threads that a parallel loop has: those that come within a moment, at most as many as there are cores.
-    int64_t threads() const {
-        const int64_t cores = std::min<int64_t>(std::thread::hardware_concurrency(), kMostThreads);
-        if (cores < 2) return 1;
-        std::mutex mutex;
-        std::vector<std::thread::id> seen;
-        seen.reserve(size_t(cores));
-        std::atomic<int64_t> count{0};
-        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(kThreadsWithin);
-        parallel(cores, [&](int64_t) {
-            {
-                std::lock_guard<std::mutex> lock(mutex);
-                const std::thread::id self = std::this_thread::get_id();
-                if (std::find(seen.begin(), seen.end(), self) == seen.end()) {
-                    seen.push_back(self);
-                    ++count;
-                }
-            }
-            while (count < cores && std::chrono::steady_clock::now() < end) {
-            }
-        });
-        return count;
     }
 
     // Calls body(first, last) for ranges of 0 to total - 1, of as many as are worth a call: small
     // planes, of `bytes` each, take no longer than that.
     template <class Body>
     void parallel_ranges(int64_t total, int64_t bytes, const Body& body) const {
-        const int64_t least = std::max<int64_t>(1, kRangeBytes / std::max<int64_t>(1, bytes));
+        const int64_t worth = threads_.waiting() ? kWaitingRangeBytes : kRangeBytes;
+        const int64_t least = std::max<int64_t>(1, worth / std::max<int64_t>(1, bytes));
         const int64_t ranges = (total + least - 1) / least;
         parallel(ranges, [&](int64_t range) {
             body(range * total / ranges, (range + 1) * total / ranges);
@@ -202,12 +244,40 @@ class Run {
 
   private:
     static constexpr int64_t kRangeBytes = 16 * 1024;
-    static constexpr int64_t kMostThreads = 64;
-    static constexpr int64_t kThreadsWithin = 300;  // us
+    static constexpr int64_t kWaitingRangeBytes = 4 * 1024;
 
-    const ort::Api& api_;
-    ort::KernelContext* context_;
-    std::vector<Tensor> inputs_;
+    const std::vector<Tensor>& inputs_;
+    const Threads& threads_;
 };
+
+// What the host has for each input of a node; those of `known` are the same in each run: asking the host
+// for a tensor takes a while.
+inline std::vector<Tensor> inputs_of(const ort::Api& api, ort::KernelContext* context,
+                                     const std::vector<std::optional<Tensor>>& known) {
+    size_t count = 0;
+    require(api.kernel_context_get_input_count(context, &count));
+    std::vector<Tensor> inputs;
+    inputs.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+        if (i < known.size() && known[i]) {
+            inputs.push_back(*known[i]);
+            continue;
+        }
+        const ort::Value* value = nullptr;
+        require(api.kernel_context_get_input(context, i, &value));
+        inputs.push_back(value ? tensor(api, value) : Tensor{});
+    }
+    return inputs;
+}
+
+inline Tensor output_of(const ort::Api& api, ort::KernelContext* context, size_t index, ort::ElementType type,
+                        const Shape& shape) {
+    ort::Value* value = nullptr;
+    require(api.kernel_context_get_output(context, index, shape.data(), shape.size(), &value));
+    if (!value) refuse("output ", index, " is missing");
+    Tensor output{type, shape};
+    require(api.get_tensor_mutable_data(value, &output.data));
+    return output;
+}
 
 }  // namespace obc::sparse

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <string>
+#include <tuple>
 
 #include "operators/add.hpp"
 #include "operators/average_pool.hpp"
@@ -11,6 +12,7 @@
 #include "operators/from_blocks.hpp"
 #include "operators/global_average_pool.hpp"
 #include "operators/max_pool.hpp"
+#include "operators/region.hpp"
 #include "operators/sparse_convolution.hpp"
 #include "operators/sparse_convolution_float.hpp"
 #include "operators/sparse_linear.hpp"
@@ -61,34 +63,26 @@ std::atomic<const InstructionSet*>& chosen() {
     return set;
 }
 
-// All operators; they live as long as the library, as sessions refer to them.
-struct Operators {
-    CustomOperator<ToBlocks> to_blocks;
-    CustomOperator<QuantizeToBlocks> quantize_to_blocks;
-    CustomOperator<FromBlocks> from_blocks;
-    CustomOperator<DequantizeFromBlocks> dequantize_from_blocks;
-    CustomOperator<SparseConvolution> sparse_convolution;
-    CustomOperator<DepthwiseConvolution> depthwise_convolution;
-    CustomOperator<SparseLinear> sparse_linear;
-    CustomOperator<SparseLinearDequantize> sparse_linear_dequantize;
-    CustomOperator<MaxPool> max_pool;
-    CustomOperator<AveragePool> average_pool;
-    CustomOperator<GlobalAveragePool> global_average_pool;
-    CustomOperator<Add> add;
-    CustomOperator<Concat> concat;
-    CustomOperator<SparseConvolutionFloat> sparse_convolution_float;
-    CustomOperator<SparseLinearFloat> sparse_linear_float;
+// Of all classes of operators, what is made of each.
+template <class... Ops>
+struct OperatorsOf {
+    static constexpr OperatorKind kKinds[] = {kind_of<Ops>()...};
+    std::tuple<CustomOperator<Ops>...> nodes;
+};
+
+// They live as long as the library, as sessions refer to them.
+struct Operators
+    : OperatorsOf<ToBlocks, QuantizeToBlocks, FromBlocks, DequantizeFromBlocks, SparseConvolution,
+                  DepthwiseConvolution, SparseLinear, SparseLinearDequantize, MaxPool, AveragePool,
+                  GlobalAveragePool, Add, Concat, SparseConvolutionFloat, SparseLinearFloat> {
+    RegionOperator region{{kKinds, std::size(kKinds)}};
 
     // Calls `action` with each operator until one fails.
     template <class Action>
     ort::Status* each(const Action& action) {
         ort::Status* status = nullptr;
         const auto next = [&](auto& op) { return (status = action(op)) == nullptr; };
-        (void)(next(to_blocks) && next(quantize_to_blocks) && next(from_blocks) &&
-               next(dequantize_from_blocks) && next(sparse_convolution) &&
-               next(depthwise_convolution) && next(sparse_linear) && next(sparse_linear_dequantize) &&
-               next(max_pool) && next(average_pool) && next(global_average_pool) && next(add) &&
-               next(concat) && next(sparse_convolution_float) && next(sparse_linear_float));
+        (void)(std::apply([&](auto&... node) { return (next(node) && ...); }, nodes) && next(region));
         return status;
     }
 };

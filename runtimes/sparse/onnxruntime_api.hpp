@@ -18,7 +18,8 @@ enum AttributeType : int {
     kIntAttribute = 1,
     kIntsAttribute = 2,
     kFloatAttribute = 3,
-    kFloatsAttribute = 4
+    kFloatsAttribute = 4,
+    kStringAttribute = 5
 };
 
 struct Status;
@@ -71,7 +72,10 @@ struct Api {
                                       size_t* count);
     Status* (*kernel_info_get_ints)(const KernelInfo* info, const char* name, int64_t* values,
                                     size_t* count);
-    Unused unused_164[80];
+    Unused unused_164[66];
+    Status* (*kernel_info_get_input_count)(const KernelInfo* info, size_t* count);
+    Status* (*kernel_info_get_output_count)(const KernelInfo* info, size_t* count);
+    Unused unused_232[12];
     Status* (*kernel_info_get_node_name)(const KernelInfo* info, char* name, size_t* size);
     Unused unused_245[4];
     Status* (*kernel_info_get_constant_input)(const KernelInfo* info, size_t index, int* is_constant,
@@ -107,6 +111,7 @@ OBC_AT(kernel_context_get_input, 90);
 OBC_AT(release_status, 93);
 OBC_AT(release_tensor_info, 99);
 OBC_AT(kernel_info_get_floats, 162);
+OBC_AT(kernel_info_get_input_count, 230);
 OBC_AT(kernel_info_get_node_name, 244);
 OBC_AT(kernel_info_get_constant_input, 249);
 OBC_AT(inference_get_input_count, 267);

@@ -1,19 +1,26 @@
 // Memory that runs borrow and give back, so that it is allocated only once.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <thread>
-#include <utility>
-#include <vector>
 
 namespace obc::sparse {
 
 // All operators share one: what a layer packs its pixels into is then in the caches still from the layer
-// before. With memory of its own, each layer of a network would find its own far away.
+// before. With memory of its own, each layer of a network would find its own far away. For the same reason a
+// thread gets what it had last, and threads that borrow at the same moment do not wait for each other.
 class ScratchPool {
+    struct Free {
+        void operator()(unsigned char* data) const { std::free(data); }
+    };
+    struct Memory {
+        size_t bytes = 0;
+        std::unique_ptr<unsigned char, Free> data;
+    };
+
   public:
     // One piece of memory, 64-byte aligned, of at least the bytes asked for; it goes back to the pool
     // when its owner ends.
@@ -26,23 +33,22 @@ class ScratchPool {
 
         template <class T>
         T* as() const {
-            return reinterpret_cast<T*>(memory_.data.get());
+            return reinterpret_cast<T*>(memory_->data.get());
         }
 
       private:
-        friend class ScratchPool;
-        struct Free {
-            void operator()(unsigned char* data) const { std::free(data); }
-        };
-        struct Memory {
-            size_t bytes = 0;
-            std::unique_ptr<unsigned char, Free> data;
-            std::thread::id last;  // who had it
-        };
-
         ScratchPool& pool_;
-        Memory memory_;
+        std::unique_ptr<Memory> memory_;
     };
+
+    ScratchPool() = default;
+    ~ScratchPool() {
+        for (Shelf& shelf : shelves_) {
+            for (std::atomic<Memory*>& place : shelf.places) delete place.load();
+        }
+    }
+    ScratchPool(const ScratchPool&) = delete;
+    ScratchPool& operator=(const ScratchPool&) = delete;
 
     // The pool of all operators that there are; its memory goes with the last one.
     static std::shared_ptr<ScratchPool> shared() {
@@ -58,51 +64,57 @@ class ScratchPool {
 
   private:
     static constexpr size_t kAligned = 64;
+    static constexpr size_t kShelves = 64;
+    static constexpr size_t kPlaces = 6;  // more than any operator borrows at a time
 
-    // Pieces that this thread had last are in its own caches. Of these the smallest that is large enough,
-    // else the largest: it is let grow.
-    static bool suits_better(const Piece::Memory& a, const Piece::Memory& b, size_t bytes, std::thread::id self) {
-        if ((a.last == self) != (b.last == self)) return a.last == self;
-        const bool enough = a.bytes >= bytes;
-        if (enough != (b.bytes >= bytes)) return enough;
-        return enough ? a.bytes < b.bytes : a.bytes > b.bytes;
+    // Where a thread leaves what it gives back; with more threads than shelves some have one together.
+    struct alignas(kAligned) Shelf {
+        std::atomic<Memory*> places[kPlaces] = {};
+    };
+
+    static size_t own_shelf() {
+        static std::atomic<size_t> threads{0};
+        static thread_local const size_t number = threads++;
+        return number % kShelves;
     }
 
-    Piece::Memory take(size_t bytes) {
-        const std::thread::id self = std::this_thread::get_id();
-        Piece::Memory memory;
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            if (!free_.empty()) {
-                size_t best = 0;
-                for (size_t i = 1; i < free_.size(); ++i) {
-                    if (suits_better(free_[i], free_[best], bytes, self)) best = i;
-                }
-                std::swap(free_[best], free_.back());
-                memory = std::move(free_.back());
-                free_.pop_back();
-            } else {
-                free_.reserve(++pieces_);  // so that giving back allocates nothing
-            }
-        }
-        memory.last = self;
-        if (memory.bytes < bytes || !memory.data) {
-            memory.data.reset();
-            memory.bytes = (bytes / kAligned + 1) * kAligned;
-            memory.data.reset(static_cast<unsigned char*>(std::aligned_alloc(kAligned, memory.bytes)));
-            if (!memory.data) throw std::bad_alloc();
+    std::unique_ptr<Memory> take(size_t bytes) {
+        std::unique_ptr<Memory> memory;
+        const size_t own = own_shelf();
+        for (size_t i = 0; i < kShelves && !memory; ++i) memory = take_from(shelves_[(own + i) % kShelves]);
+        if (!memory) memory = std::make_unique<Memory>();
+        if (memory->bytes < bytes || !memory->data) {
+            memory->data.reset();
+            memory->bytes = (bytes / kAligned + 1) * kAligned;
+            memory->data.reset(static_cast<unsigned char*>(std::aligned_alloc(kAligned, memory->bytes)));
+            if (!memory->data) throw std::bad_alloc();
         }
         return memory;
     }
 
-    void put_back(Piece::Memory memory) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        free_.push_back(std::move(memory));
+    static std::unique_ptr<Memory> take_from(Shelf& shelf) {
+        for (std::atomic<Memory*>& place : shelf.places) {
+            if (!place.load(std::memory_order_relaxed)) continue;
+            if (Memory* found = place.exchange(nullptr, std::memory_order_acquire)) return std::unique_ptr<Memory>(found);
+        }
+        return nullptr;
     }
 
-    std::mutex mutex_;
-    std::vector<Piece::Memory> free_;
-    size_t pieces_ = 0;
+    // The place that was looked at last is filled first, so that pieces keep their sizes.
+    void put_back(std::unique_ptr<Memory> memory) {
+        Shelf& shelf = shelves_[own_shelf()];
+        for (size_t i = kPlaces; i-- > 0;) {
+            std::atomic<Memory*>& place = shelf.places[i];
+            Memory* none = nullptr;
+            if (place.load(std::memory_order_relaxed)) continue;
+            if (place.compare_exchange_strong(none, memory.get(), std::memory_order_release)) {
+                memory.release();
+                return;
+            }
+        }
+    }
+
+    Shelf shelves_[kShelves];
 };
 
 }  // namespace obc::sparse

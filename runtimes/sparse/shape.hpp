@@ -30,6 +30,8 @@ class Shape {
     int64_t back() const { return sizes_[rank_ - 1]; }
     int64_t& back() { return sizes_[rank_ - 1]; }
     bool empty() const { return rank_ == 0; }
+    // Whether a tensor of this shape has any.
+    bool has_elements() const { return std::find(begin(), end(), int64_t{0}) == end(); }
 
     bool operator==(const Shape& other) const {
         return rank_ == other.rank_ && std::equal(begin(), end(), other.begin());

@@ -8,12 +8,6 @@
 
 namespace obc::sparse {
 
-inline void require_type(const Tensor& tensor, const char* name, ort::ElementType type) {
-    if (tensor.type != type) {
-        refuse("input '", name, "' has element type ", int(tensor.type), ", expected ", int(type));
-    }
-}
-
 inline void require_shape(const Tensor& tensor, const char* name, const Shape& shape) {
     if (tensor.shape != shape)
         refuse("input '", name, "' has shape ", tensor.shape, ", expected ", shape);

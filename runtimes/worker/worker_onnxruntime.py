@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import tempfile
 from collections import defaultdict
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import onnxruntime
 from worker_backend import BadArtifact, Refused
@@ -21,6 +22,23 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _CORRUPT = {"InvalidProtobuf", "NoSuchFile", "NoModel", "InvalidGraph"}
+_SPIN_US = 200
+
+
+def _idle() -> Tuple[str, str]:
+    """For how long a pool waits for its next run by spinning.
+
+    Sessions of several variants are measured in turn on the same cores, and by itself it would spin
+    for some 50 ms, which the next one would pay for. Not at all, and each run would first wake its
+    threads, which takes longer than a small network; but older versions know nothing between.
+    """
+    release = tuple(int(part) for part in re.findall(r"\d+", VERSION)[:2])
+    if release >= (1, 27):
+        return "session.intra_op.spin_duration_us", str(_SPIN_US)
+    return "session.force_spinning_stop", "1"
+
+
+_IDLE = _idle()
 
 
 def _spec(value: Any) -> Dict[str, Any]:
@@ -37,7 +55,7 @@ class Backend:
         self._path = path
         self._threads = threads
         self._options = options
-        self._session = self._open(self._session_options())
+        self._session = self._open(path, self._session_options())
         self.inputs = [_spec(value) for value in self._session.get_inputs()]
         self.outputs = [_spec(value) for value in self._session.get_outputs()]
         self.facts: Dict[str, Any] = {"providers": self._session.get_providers()}
@@ -48,19 +66,17 @@ class Backend:
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
-        # Sessions of several variants are measured in turn on the same cores: a pool that kept
-        # spinning after its run would take time from the next one.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry(*_IDLE)
         if not self._options.get("optimize", True):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         for library in self._options.get("custom_ops", []):
             options.register_custom_ops_library(library)
         return options
 
-    def _open(self, options: Any) -> Any:
+    def _open(self, path: str, options: Any) -> Any:
         try:
             return onnxruntime.InferenceSession(
-                self._path, sess_options=options, providers=["CPUExecutionProvider"]
+                path, sess_options=options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             kind = BadArtifact if type(error).__name__ in _CORRUPT else Refused
@@ -80,7 +96,7 @@ class Backend:
             traced.profile_file_prefix = os.path.join(folder, "trace")
             if options.get("optimized_model"):
                 traced.optimized_model_filepath = options["optimized_model"]
-            session = self._open(traced)
+            session = self._open(options.get("model", self._path), traced)
             for _ in range(warmup + iterations):
                 session.run(None, feed)
             with open(session.end_profiling(), encoding="utf-8") as trace:

@@ -30,6 +30,7 @@ from obc_deploy.latency import read_table
 from obc_deploy.runtimes import sparse
 from obc_deploy.runtimes.audit import Audit, AuditedLayer
 from obc_deploy.runtimes.contract import LayerProfile
+from obc_deploy.runtimes.regions import separated
 from obc_deploy.schemes import Scheme
 from obc_deploy.targets import (
     DEEPSPARSE,
@@ -250,7 +251,7 @@ def test_sparse_levels_are_timed_on_the_sparse_operators(tmp_path: Path) -> None
     dense, pruned = latency._written(wide, target, wanted, tmp_path, QUICK, lambda *_: None)
     stored = []
     for each in (dense, pruned):
-        graph = onnx.load(each.path).graph
+        graph = separated(onnx.load(each.path)).graph
         (blocks,) = (one for one in graph.initializer if one.name == "second.weight_codes_blocks")
         assert any(
             node.op_type == "SparseConvolution" and blocks.name in node.input for node in graph.node

@@ -17,6 +17,7 @@ from obc_deploy.artifacts import Artifact
 from obc_deploy.calibrated import CalibratedModel, calibrate
 from obc_deploy.compression import CompressedModel, compress
 from obc_deploy.runtimes import deepsparse
+from obc_deploy.runtimes.regions import separated
 from obc_deploy.targets import TENSORRT, EightBit, Precision, Target
 
 _INFO = deepsparse.info()
@@ -103,7 +104,8 @@ def constants(path):
 
 
 def operators(path):
-    return Counter(node.op_type for node in onnx.load(path).graph.node)
+    """How often each operator is in a file, those of regions too."""
+    return Counter(node.op_type for node in separated(onnx.load(path)).graph.node)
 
 
 def run(path, x, without=()):

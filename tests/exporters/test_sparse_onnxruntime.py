@@ -52,6 +52,7 @@ from obc_deploy.runtimes.audit import (
     count_accelerated,
     random_inputs,
 )
+from obc_deploy.runtimes.regions import REGION, separated
 from obc_deploy.runtimes.session import open_session
 from obc_deploy.targets import ORT_SPARSE, TARGETS, Processor
 
@@ -199,7 +200,7 @@ def test_a_residual_is_the_separate_operators_bit_for_bit(exported, tmp_path):
     assert not {"Add", "QLinearAdd"} & set(operators(ours.path))
     fused = [
         node
-        for node in onnx.load(ours.path).graph.node
+        for node in separated(onnx.load(ours.path)).graph.node
         if node.op_type == "SparseConvolution" and len(node.input) == 6
     ]
     assert len(fused) == 1
@@ -228,7 +229,7 @@ def test_conversions_are_at_the_edges(exported, kind):
     back_from = {"FromBlocks", "DequantizeFromBlocks"}
     assert (found["QuantizeToBlocks"], found["ToBlocks"]) == (1, 0)
     assert sum(found[name] for name in back_from) == 1
-    nodes = list(onnx.load(path).graph.node)
+    nodes = list(separated(onnx.load(path)).graph.node)
     assert nodes[0].op_type == "QuantizeToBlocks"
     back = next(place for place, node in enumerate(nodes) if node.op_type in back_from)
     assert all(node.domain == sparse.DOMAIN for node in nodes[:back])
@@ -240,7 +241,7 @@ def attribute(node, name, default=0):
 
 @pytest.mark.parametrize("kind", [Residual, Depthwise, Concatenation, Plain])
 def test_borders_are_the_widest_padding_of_the_readers(exported, kind):
-    nodes = onnx.load(exported(kind)[1].path).graph.node
+    nodes = separated(onnx.load(exported(kind)[1].path)).graph.node
     made = {node.output[0]: node for node in nodes if node.domain == sparse.DOMAIN}
     needed = Counter()
     for node in made.values():
@@ -277,7 +278,7 @@ def test_planes_that_end_within_a_line_get_a_margin(everywhere, monkeypatch, tmp
         Bottlenecks().eval(), x, scheme="block4@0.5+w8a8", method="rtn", baselines=False
     )
     path = model.export(tmp_path / "with", target=SPARSE, dynamic_batch=True).path
-    nodes = [node for node in onnx.load(path).graph.node if node.domain == sparse.DOMAIN]
+    nodes = [node for node in separated(onnx.load(path)).graph.node if node.domain == sparse.DOMAIN]
     made = {
         node.output[0]: (attribute(node, "border"), attribute(node, "margin")) for node in nodes
     }
@@ -297,7 +298,7 @@ def test_planes_that_end_within_a_line_get_a_margin(everywhere, monkeypatch, tmp
     with monkeypatch.context() as patch:
         patch.setattr(frames, "margin_of", lambda *_: 0)
         plain = model.export(tmp_path / "without", target=SPARSE, dynamic_batch=True).path
-    assert not any(attribute(node, "margin") for node in onnx.load(plain).graph.node)
+    assert not any(attribute(node, "margin") for node in separated(onnx.load(plain)).graph.node)
     with torch.no_grad():
         wanted = model.module(SPARSE)(torch.from_numpy(x)).numpy()
     for images in (1, 3, 16):
@@ -581,6 +582,24 @@ def test_a_file_of_another_exporter_is_made_anew(compressed, tmp_path, target):
     assert load_artifact(file).manifest == made.manifest
 
 
+def test_a_file_without_regions_of_the_version_before_them_runs(compressed, tmp_path, everywhere):
+    model, file = blocks(compressed, Plain, 0.8), tmp_path / "model.onnx"
+    model.export(file, target=TARGETS[SPARSE])
+    x = samples(Plain, 1, seed=8)
+    wanted = run(file, x)
+    whole = onnx.load(file)
+    assert REGION in {node.op_type for node in whole.graph.node}
+    proto = separated(whole)
+    for each in proto.opset_import:
+        if each.domain == sparse.DOMAIN:
+            each.version = sparse.OLDEST_DOMAIN_VERSION
+    onnx.save(proto, file)
+    np.testing.assert_array_equal(run(file, x), wanted)
+    with open_session("onnxruntime", file, threads=1) as session:
+        (found,) = session.run({session.inputs[0].name: x}).values()
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_file_of_another_version_of_the_operators_is_refused(compressed, tmp_path, everywhere):
     model, file = blocks(compressed, Plain, 0.8), tmp_path / "model.onnx"
     model.export(file, target=TARGETS[SPARSE])
@@ -588,11 +607,11 @@ def test_a_file_of_another_version_of_the_operators_is_refused(compressed, tmp_p
     assert {each.domain: each.version for each in proto.opset_import}[sparse.DOMAIN] == (
         sparse.DOMAIN_VERSION
     )
+    before = sparse.OLDEST_DOMAIN_VERSION - 1
     for each in proto.opset_import:
         if each.domain == sparse.DOMAIN:
-            each.version -= 1
+            each.version = before
     onnx.save(proto, file)
-    before = sparse.DOMAIN_VERSION - 1
     with pytest.raises(
         RuntimeFailedError,
         match=f"version {before} of our sparse operators.*version {sparse.DOMAIN_VERSION} here.*"

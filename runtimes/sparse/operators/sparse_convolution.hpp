@@ -115,10 +115,13 @@ class SparseConvolution {
     std::shared_ptr<const ConvolutionPlan> plan_for(const BlockedShape& x, const Run& run) const {
         constexpr size_t kKept = 4;
         std::lock_guard<std::mutex> lock(mutex_);
-        for (const auto& plan : plans_) {
-            const BlockedShape& known = plan->shape_.input;
-            if (known.images == x.images && known.height == x.height && known.width == x.width)
-                return plan;
+        const int64_t present = run.threads().present();
+        for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
+            const BlockedShape& known = (*plan)->shape_.input;
+            if (known.images != x.images || known.height != x.height || known.width != x.width) continue;
+            if ((*plan)->threads_ >= present) return *plan;
+            plans_.erase(plan);  // made for fewer threads
+            break;
         }
         const Windows& windows = options_.windows;
         const ConvolutionShape shape{x,
@@ -142,7 +145,8 @@ class SparseConvolution {
         if (plans_.size() == kKept) plans_.erase(plans_.begin());
         plans_.push_back(std::make_shared<const ConvolutionPlan>(shape, blocks_.view(), requantization,
                                                                  residual, *set_.convolution,
-                                                                 [&run] { return run.threads(); }));
+                                                                 [&run] { return run.threads().count(); },
+                                                                 run.threads().waiting()));
         return plans_.back();
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -12,6 +12,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from obc_deploy.runtimes import sparse
+from obc_deploy.runtimes.regions import joined
 
 MICROSOFT = "com.microsoft"
 FLOAT, UINT8, INT8, INT32 = (
@@ -29,6 +30,8 @@ class Graph:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    joined: ClassVar[bool] = False
+    """Our operators run as regions."""
 
     def input(self, name: str, value: np.ndarray, shape: Any = None) -> str:
         kind = helper.np_dtype_to_tensor_dtype(value.dtype)
@@ -64,7 +67,8 @@ class Graph:
             helper.make_opsetid(MICROSOFT, 1),
             helper.make_opsetid(sparse.DOMAIN, sparse.DOMAIN_VERSION),
         ]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+        return (joined(model, fewest=1) if self.joined else model).SerializeToString()
 
     def session(
         self, outputs: dict[str, int], threads: int = 1, *, optimize: bool = True

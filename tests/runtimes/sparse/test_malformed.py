@@ -309,7 +309,6 @@ def test_weights_for_channels_that_are_not_there():
         (WITH_RESIDUAL, {"residual": np.zeros((2, 1, 4, 4, 4), np.uint8)}, "input 'residual' has"),
         (DEPTHWISE, {"x": BLOCKED[:, :1].copy()}, "input 'x' has shape"),
         (LINEAR, {"x": np.zeros((), np.uint8)}, r"input 'x' has shape \[\], expected \[..., 6\]"),
-        (LINEAR, {"x": np.zeros((1,) * 8 + (6,), np.uint8)}, "9 dimensions, expected 8 at most"),
         (LINEAR_FLOAT, {"x": np.zeros((6, 1), np.float32)}, r"input 'x' has shape \[6, 1\]"),
         (TO_BLOCKS, {"x": BLOCKED}, r"input 'x' has shape .* expected \[N, C, H, W\]"),
         (TO_BLOCKS, {"x": np.zeros((1, 5, 0, 4), np.uint8)}, "input 'x' has shape"),
@@ -331,13 +330,20 @@ def test_wrong_shapes(node, fed, message):
         node.feeding(**fed).run()
 
 
+def test_more_dimensions_than_there_may_be():
+    with pytest.raises(
+        Exception, match=r"(SparseLinear|Region) .*9 dimensions, expected 8 at most"
+    ):
+        LINEAR.feeding(x=np.zeros((1,) * 8 + (6,), np.uint8)).run()
+
+
 @pytest.mark.parametrize("node", VALID, ids=lambda node: node.kind)
 def test_wrong_types(node):
     for name, value in node.fed.items():
-        with pytest.raises(Exception, match=r"(?i)type.*" + node.kind):
+        with pytest.raises(Exception, match=rf"(?i)type.*{node.kind}|{node.kind}.* type"):
             node.feeding(**{name: value.astype(np.int64)}).run()
     for name, value in node.constants.items():
-        with pytest.raises(Exception, match=r"(?i)type.*" + node.kind):
+        with pytest.raises(Exception, match=rf"(?i)type.*{node.kind}|{node.kind}.* type"):
             node.holding(**{name: value.astype(np.float64)}).run()
 
 
