@@ -24,7 +24,9 @@ from obc_deploy.runtimes import sparse
 ENOUGH_WORK = 200_000_000
 """Multiply-accumulates of the copies beyond the first one: dense, half a millisecond or more."""
 MOST_COPIES = 24
-ATTEMPTS = 5
+WAKING = 2
+"""Inferences before those that count."""
+ATTEMPTS = 10
 
 
 def copies_for(work: float) -> int:
@@ -64,7 +66,7 @@ class Copies:
         """Of one operator: the difference of medians, shared out.
 
         Args:
-            inferences: of each graph; the first of them are not counted.
+            inferences: of each graph that count.
 
         Raises:
             MeasurementError: the copies took no time.
@@ -112,10 +114,10 @@ class _Bound:
         return found
 
     def seconds(self, inferences: int) -> float:
-        """The median of all inferences but the first one."""
+        """The median of all inferences but the first ones, which wake the threads."""
         taken = []
-        for _ in range(inferences):
+        for _ in range(WAKING + inferences):
             begin = time.perf_counter()
             self._session.run_with_iobinding(self._binding)
             taken.append(time.perf_counter() - begin)
-        return median(taken[1:])
+        return median(taken[WAKING:])

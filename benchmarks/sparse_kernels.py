@@ -261,8 +261,8 @@ def _in_regions(content: bytes) -> bytes:
     """As our exporter writes a network."""
     import onnx
 
-    content = joined(onnx.ModelProto.FromString(content)).SerializeToString()
-    return content
+    whole: bytes = joined(onnx.ModelProto.FromString(content)).SerializeToString()
+    return whole
 
 
 def layer_of(shape: Shape, zeros: float, together: int = 1, seed: int = 0) -> Layer:
