@@ -24,8 +24,8 @@ from obc_deploy.runtimes import sparse
 ENOUGH_WORK = 200_000_000
 """Multiply-accumulates of the copies beyond the first one: dense, half a millisecond or more."""
 MOST_COPIES = 24
-WAKING = 2
-"""Inferences before those that count."""
+WAKING_S = 0.002
+"""Inferences that do not count go on for so long: a thread that sleeps takes a while to wake."""
 ATTEMPTS = 10
 
 
@@ -114,10 +114,14 @@ class _Bound:
         return found
 
     def seconds(self, inferences: int) -> float:
-        """The median of all inferences but the first ones, which wake the threads."""
-        taken = []
-        for _ in range(WAKING + inferences):
-            begin = time.perf_counter()
-            self._session.run_with_iobinding(self._binding)
-            taken.append(time.perf_counter() - begin)
-        return median(taken[WAKING:])
+        """The median of some inferences, once the threads are awake."""
+        awake = time.perf_counter() + WAKING_S
+        self._inference_s()
+        while time.perf_counter() < awake:
+            self._inference_s()
+        return median(self._inference_s() for _ in range(inferences))
+
+    def _inference_s(self) -> float:
+        begin = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        return time.perf_counter() - begin

@@ -16,6 +16,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace obc::sparse {
 
@@ -33,6 +36,7 @@ class Team final : public Threads {
         const auto come = [](void* user, size_t) {
             Entrance& mine = *static_cast<Entrance*>(user);
             if (mine.has_leader.exchange(true)) return mine.team.follow();
+            mine.team.leads_on_ = current_core();
             try {
                 mine.work(mine.team);
             } catch (...) {
@@ -82,6 +86,7 @@ class Team final : public Threads {
 
   private:
     static constexpr std::chrono::milliseconds kWait{4};
+    static constexpr std::chrono::milliseconds kBetweenMoves{5};
 
     // Of `open`: a job's number, and how many of its tasks nobody has begun.
     static constexpr int kTaskBits = 32;
@@ -107,7 +112,7 @@ class Team final : public Threads {
         }
 
       private:
-        static constexpr int kSpins = 2048;
+        static constexpr int kSpins = 256;
         int waited_ = 0;
     };
 
@@ -133,6 +138,7 @@ class Team final : public Threads {
     }
 
     void follow() {
+        leave_core(leads_on_);
         const int64_t self = ++followers_;
         for (Patience patience;;) {
             const uint64_t open = shares_[self].open.load(std::memory_order_relaxed);
@@ -148,6 +154,35 @@ class Team final : public Threads {
         }
     }
 
+    static int current_core() {
+#if defined(__linux__)
+        return sched_getcpu();
+#else
+        return -1;
+#endif
+    }
+
+    // Goes to another core if this thread is on `core`; from there it may go anywhere. Where cores share no
+    // cache, as in small virtual machines, Linux wakes a thread on the core of the one that wakes it, and there
+    // they take turns of milliseconds while another core is idle.
+    static void leave_core(int core) {
+#if defined(__linux__)
+        if (core < 0 || current_core() != core) return;
+        // Not all the time: there may be more threads than cores.
+        static thread_local std::chrono::steady_clock::time_point not_before;
+        const auto now = std::chrono::steady_clock::now();
+        if (now < not_before) return;
+        not_before = now + kBetweenMoves;
+        cpu_set_t allowed;
+        if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+        cpu_set_t others = allowed;
+        CPU_CLR(core, &others);
+        if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+        (void)core;
+#endif
+    }
+
     void dismiss() {
         for (int64_t member = 0; member < cores(); ++member) {
             shares_[member].open.store(kDismissed, std::memory_order_release);
@@ -158,6 +193,7 @@ class Team final : public Threads {
     alignas(64) mutable std::atomic<void (*)(void*, size_t)> one_{nullptr};
     mutable std::atomic<void*> user_{nullptr};
     mutable uint64_t job_ = 0;
+    std::atomic<int> leads_on_{-1};  // core
     alignas(64) mutable std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<int64_t> followers_{0};
     const std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
