@@ -35,16 +35,12 @@ constexpr double kOwnSecondCache = 48 * 1024;
 constexpr int64_t kManyTiles = 64;
 constexpr double kManyTasks = 64;
 
-// What a task takes beside its tiles, in cycles.
+// What a task takes beside its tiles, and that other threads begin: those that must be called, and those that
+// wait. In cycles. Tasks are long next to the first two.
 constexpr double kUnitCycles = 1000;
-
-// What it takes that other threads begin, and what a task takes at least, to be long next to that.
-struct Calling {
-    double sharing_cycles;
-    double task_cycles;
-};
-constexpr Calling kCalled = {8000, 8000};
-constexpr Calling kWaiting = {1500, 3000};
+constexpr double kCallingCycles = 8000;
+constexpr double kWaitingCycles = 1500;
+constexpr double kTaskCycles = 8000;
 
 // Of a unit: what the last thread is late by, for none is as fast as another all the time.
 constexpr double kUneven = 0.05;
@@ -184,15 +180,15 @@ struct Shares {
     double cycles;  // until the last thread is done
 };
 
-int64_t tasks_of(int64_t units, double cycles, int64_t threads, const Calling& calling) {
-    const double of_a_thread = cycles / static_cast<double>(threads) / calling.task_cycles;
+int64_t tasks_of(int64_t units, double cycles, int64_t threads) {
+    const double of_a_thread = cycles / static_cast<double>(threads) / kTaskCycles;
     return std::min(units, threads * std::max<int64_t>(1, static_cast<int64_t>(of_a_thread)));
 }
 
 // Few tiles leave threads without work: then the output channels of each are shared out too, in as many parts
 // as end first by the estimate. Each part packs the tile for itself. Small layers end first on one thread.
 Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int64_t threads,
-                 const Calling& calling) {
+                 double sharing_cycles) {
     if (threads == 1) return Shares{1, std::min(g.tiles, kTasksOfOneThread), cost.total};
     const double tiles = static_cast<double>(g.tiles);
     const int64_t most = std::min(ceil_divide(2 * threads, g.tiles), ceil_divide(out_channels, kBandWindow));
@@ -202,10 +198,9 @@ Shares shares_of(const Geometry& g, const Cost& cost, int64_t out_channels, int6
         if (units == 1) continue;
         const double rounds = static_cast<double>(ceil_divide(units, threads));
         const double unit = (cost.packing + (cost.total - cost.packing) / static_cast<double>(parts)) / tiles;
-        const double cycles = rounds * (unit + kUnitCycles) + kUneven * unit + calling.sharing_cycles;
+        const double cycles = rounds * (unit + kUnitCycles) + kUneven * unit + sharing_cycles;
         if (cycles >= best.cycles) continue;
-        best = Shares{parts, tasks_of(units, unit * static_cast<double>(units), threads, calling),
-                      cycles};
+        best = Shares{parts, tasks_of(units, unit * static_cast<double>(units), threads), cycles};
     }
     return best;
 }
@@ -220,7 +215,7 @@ struct Cut {
 
 // The one that ends first.
 Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const ConvolutionKernels& kernels,
-             const int64_t* blocks, int64_t threads, const Calling& calling) {
+             const int64_t* blocks, int64_t threads, double sharing_cycles) {
     const int64_t in_blocks = shape.input.blocks();
     Cut best = {0, {}, {1, 1, std::numeric_limits<double>::infinity()}, threads};
     for (int t = 0; t < kernels.shape_count; ++t) {
@@ -239,7 +234,7 @@ Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const Co
             for (int64_t in_group = std::min(in_blocks, most);; in_group = std::max(near, in_group / 2)) {
                 g.groups = ceil_divide(in_blocks, in_group);
                 const Cost cost = cost_of(shape, tile, g, kernels, blocks);
-                const Shares shares = shares_of(g, cost, shape.out_channels, threads, calling);
+                const Shares shares = shares_of(g, cost, shape.out_channels, threads, sharing_cycles);
                 if (shares.cycles < best.shares.cycles) best = Cut{t, g, shares, threads};
                 if (in_group <= near) break;
             }
@@ -250,21 +245,21 @@ Cut best_cut(const ConvolutionShape& shape, const BlockedShape& output, const Co
 
 // As above, for as many threads as there are. Where that does not matter nobody is asked.
 Cut best_cut_for(const ConvolutionShape& shape, const BlockedShape& output, const ConvolutionKernels& kernels,
-                 const int64_t* blocks, const std::function<int64_t()>& threads, const Calling& calling) {
-    Cut alone = best_cut(shape, output, kernels, blocks, 1, calling);
+                 const int64_t* blocks, const std::function<int64_t()>& threads, double sharing_cycles) {
+    Cut alone = best_cut(shape, output, kernels, blocks, 1, sharing_cycles);
     const double cycles = alone.shares.cycles;
-    if (cycles <= calling.sharing_cycles) {
+    if (cycles <= sharing_cycles) {
         alone.shares.tasks = 1;
         alone.threads = kAnyThreads;
         return alone;
     }
-    if (alone.geometry.tiles >= kManyTiles && cycles >= kManyTasks * calling.task_cycles) {
-        alone.shares.tasks = tasks_of(alone.geometry.tiles, cycles, 1, calling);
+    if (alone.geometry.tiles >= kManyTiles && cycles >= kManyTasks * kTaskCycles) {
+        alone.shares.tasks = tasks_of(alone.geometry.tiles, cycles, 1);
         alone.threads = kAnyThreads;
         return alone;
     }
     const int64_t known_threads = threads();
-    return known_threads == 1 ? alone : best_cut(shape, output, kernels, blocks, known_threads, calling);
+    return known_threads == 1 ? alone : best_cut(shape, output, kernels, blocks, known_threads, sharing_cycles);
 }
 
 SumsAre known_of_sums(const BlockWeights& weights, const Requantization& how, int64_t out_channels) {
@@ -329,7 +324,7 @@ ConvolutionPlan::ConvolutionPlan(const ConvolutionShape& shape, const BlockWeigh
     const std::vector<Band> bands = bands_of(weights, out_channels, kernels.band_channels);
     int64_t blocks[kBandSizes] = {};
     for (const Band& band : bands) blocks[band.size()] += static_cast<int64_t>(band.blocks.size());
-    const Cut cut = best_cut_for(shape, output_, kernels, blocks, threads, waiting ? kWaiting : kCalled);
+    const Cut cut = best_cut_for(shape, output_, kernels, blocks, threads, waiting ? kWaitingCycles : kCallingCycles);
     const Geometry& best = cut.geometry;
     const TileShape& tile = kernels.shapes[cut.tile];
     tile_ = cut.tile;

@@ -226,8 +226,7 @@ class Run {
     // planes, of `bytes` each, take no longer than that.
     template <class Body>
     void parallel_ranges(int64_t total, int64_t bytes, const Body& body) const {
-        const int64_t worth = threads_.waiting() ? kWaitingRangeBytes : kRangeBytes;
-        const int64_t least = std::max<int64_t>(1, worth / std::max<int64_t>(1, bytes));
+        const int64_t least = std::max<int64_t>(1, kRangeBytes / std::max<int64_t>(1, bytes));
         const int64_t ranges = (total + least - 1) / least;
         parallel(ranges, [&](int64_t range) {
             body(range * total / ranges, (range + 1) * total / ranges);
@@ -244,7 +243,6 @@ class Run {
 
   private:
     static constexpr int64_t kRangeBytes = 16 * 1024;
-    static constexpr int64_t kWaitingRangeBytes = 4 * 1024;
 
     const std::vector<Tensor>& inputs_;
     const Threads& threads_;

@@ -254,7 +254,7 @@ class Region {
     std::vector<std::optional<Tensor>> constants_;
     mutable std::mutex mutex_;
     mutable std::vector<std::shared_ptr<const Layout>> layouts_;
-    const std::shared_ptr<ScratchPool> memory_ = std::make_shared<ScratchPool>();
+    const std::shared_ptr<ScratchPool> memory_ = ScratchPool::shared();
 };
 
 // The node. It takes those operators whose output is codes, for the host must know the type of its own.
