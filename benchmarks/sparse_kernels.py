@@ -6,7 +6,7 @@ All distinct convolutions of ResNet-50 and VGG-16 and MobileNet-v2's 1x1 ones, a
 ReLU where the network has one, with 0 to 95 % of their blocks zero at random. For each shape there
 are sessions of ONNX Runtime's QLinearConv, on the layout that it chooses itself within a network,
 and of our SparseConvolution a sparsity; they take turns in one process (`operator_copies` says how
-one operator's time is found). Outputs are compared first, bit for bit. In the same turns a loop of
+one operator's time is found), as the regions that our exporter writes. Outputs are compared first, bit for bit. In the same turns a loop of
 products in registers alone measures the limit:
 
     share of the limit = non-zero blocks x output pixels / (time x products in registers a second)
@@ -357,7 +357,7 @@ def take_turns(
         threads: of both runtimes.
         taken: the turns so far.
         turns: in which sessions are run one after the other.
-        inferences: of each graph in a turn; the first of them is not counted.
+        inferences: of each graph in a turn that count.
         deepsparse: compare with it too.
         together: output channels in a row that have the same blocks.
 
@@ -567,7 +567,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = (
         f"# Sparse convolutions\n\n{record.head}, {sparse.instruction_set()}; int8, "
         f"{options.passes * options.turns} turns, in {options.passes} passes over all shapes, of "
-        f"{options.inferences - 1} counted inferences of each operator; "
+        f"{options.inferences} counted inferences of each operator; "
         f"{len(shapes)} shapes at 224 pixels{alike}.\n\nGeometric means over the shapes:\n\n"
         f"{summary(rows)}\n\nEach shape, speedup over ONNX Runtime's dense int8 by share of zero "
         f"blocks:\n\n{details(rows)}\n"

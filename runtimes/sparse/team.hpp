@@ -140,6 +140,7 @@ class Team final : public Threads {
     void follow() {
         leave_core(leads_on_);
         const int64_t self = ++followers_;
+        if (is_over_) return;  // nobody looks for this one any more
         for (Patience patience;;) {
             const uint64_t open = shares_[self].open.load(std::memory_order_relaxed);
             if (open == kDismissed) break;
@@ -149,7 +150,7 @@ class Team final : public Threads {
             }
             patience = Patience();
             int64_t mine = work_off(shares_[self]);
-            for (int64_t member = 0; member < cores(); ++member) mine += work_off(shares_[member]);
+            for (int64_t member = 0; member < present(); ++member) mine += work_off(shares_[member]);
             done_.fetch_add(mine, std::memory_order_release);
         }
     }
@@ -184,7 +185,8 @@ class Team final : public Threads {
     }
 
     void dismiss() {
-        for (int64_t member = 0; member < cores(); ++member) {
+        is_over_ = true;
+        for (int64_t member = followers_; member > 0; --member) {
             shares_[member].open.store(kDismissed, std::memory_order_release);
         }
     }
@@ -194,6 +196,7 @@ class Team final : public Threads {
     mutable std::atomic<void*> user_{nullptr};
     mutable uint64_t job_ = 0;
     std::atomic<int> leads_on_{-1};  // core
+    std::atomic<bool> is_over_{false};
     alignas(64) mutable std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<int64_t> followers_{0};
     const std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
