@@ -44,13 +44,7 @@ inline std::vector<Shape> inferred_shapes(const ort::Api& api, const ort::Infere
 // Tells the host the shape of an output.
 inline void infer_output(const ort::Api& api, ort::InferenceContext* context, size_t index,
                          ort::ElementType type, const Shape& shape) {
-    struct Info {
-        const ort::Api& api;
-        ort::TensorInfo* info = nullptr;
-        ~Info() {
-            if (info) api.release_tensor_info(info);
-        }
-    } owner{api};
+    OwnedTensorInfo owner{api};
     require(api.create_tensor_info(&owner.info));
     require(api.set_element_type(owner.info, type));
     require(api.set_dimensions(owner.info, shape.data(), shape.size()));

@@ -57,14 +57,17 @@ inline Shape dimensions(const ort::Api& api, const ort::TensorInfo* info) {
     return shape;
 }
 
+// What the host gives away for as long as this lives.
+struct OwnedTensorInfo {
+    const ort::Api& api;
+    ort::TensorInfo* info = nullptr;
+    ~OwnedTensorInfo() {
+        if (info) api.release_tensor_info(info);
+    }
+};
+
 inline Tensor tensor(const ort::Api& api, const ort::Value* value) {
-    struct Info {
-        const ort::Api& api;
-        ort::TensorInfo* info = nullptr;
-        ~Info() {
-            if (info) api.release_tensor_info(info);
-        }
-    } owner{api};
+    OwnedTensorInfo owner{api};
     require(api.get_tensor_info(value, &owner.info));
     int type = ort::kUndefined;
     require(api.get_element_type(owner.info, &type));
