@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from obc_deploy.benchmarks.record import RESULTS, say_stages, take_record
 from obc_deploy.benchmarks.reference_networks import REFERENCE_NETWORKS, SHARED_VARIABLE
+from obc_deploy.benchmarks.sparse_network import EDGES
 from obc_deploy.errors import MeasurementError, ObcDeployError
+from obc_deploy.schemes import Scheme
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,8 +33,6 @@ NETWORKS = (
     "fashion_cnn", "cifar10_resnet20", "cifar10_resnet32", "imagenet_mobilenet_v1_075",
     "torchvision:mobilenet_v2", "torchvision:resnet50",
 )  # fmt: skip
-EDGES = "w8a8"
-"""Scheme of the first and the last layer."""
 SAMPLES = 16
 
 
@@ -72,9 +72,10 @@ def export_both(name: str, scheme: str, folder: Path) -> tuple[Path, Path]:
     network, images = _network(name)
     calibrated = calibrate(network, images, source=name, batch_size=8)
     names = [layer.name for layer in calibrated.layers]
+    edges = EDGES[Scheme.parse(scheme).quantization is not None]
     made = compress(
         calibrated, scheme=scheme, method="magnitude", target="ort-sparse",
-        layer_schemes=dict.fromkeys((names[0], names[-1]), EDGES), fallback=EDGES,
+        layer_schemes=dict.fromkeys((names[0], names[-1]), edges), fallback=edges,
     )  # fmt: skip
     joined = made.export(folder / "joined.onnx", target="ort-sparse", check=False).path
     apart = folder / "apart"

@@ -5,9 +5,9 @@
 All distinct convolutions of ResNet-50 and VGG-16 and MobileNet-v2's 1x1 ones, at 224 pixels, with a
 ReLU where the network has one, with 0 to 95 % of their blocks zero at random. For each shape there
 are sessions of ONNX Runtime's QLinearConv, on the layout that it chooses itself within a network,
-and of our SparseConvolution a sparsity; they take turns in one process (`operator_copies` says how
-one operator's time is found), as the regions that our exporter writes. Outputs are compared first, bit for bit. In the same turns a loop of
-products in registers alone measures the limit:
+and of our SparseConvolution a sparsity, joined as our exporter joins them; they take turns in one
+process (`operator_copies` says how one operator's time is found). Outputs are compared first, bit
+for bit. In the same turns a loop of products in registers alone measures the limit:
 
     share of the limit = non-zero blocks x output pixels / (time x products in registers a second)
 
