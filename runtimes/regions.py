@@ -10,10 +10,11 @@ OPERATORS.md specifies: the host comes to it once, and its threads stay until it
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obc_deploy.errors import ArtifactError
 from obc_deploy.runtimes.sparse import DOMAIN, DOMAIN_VERSION
 
 if TYPE_CHECKING:
@@ -214,30 +215,40 @@ def has_regions(model: onnx.ModelProto) -> bool:
 
 def _members(region: onnx.NodeProto) -> list[onnx.NodeProto]:
     """The nodes that a region was made of."""
-    import onnx
+    from onnx import AttributeProto, helper
 
     attributes = {item.name: item for item in region.attribute}
     count = attributes["operators"].i
-    values = list(region.input)
-    members: list[onnx.NodeProto] = []
-    own: Mapping[str, list[onnx.AttributeProto]] = {str(number): [] for number in range(count)}
+    results = list(attributes["results"].ints)
+    own: dict[str, list[AttributeProto]] = {str(number): [] for number in range(count)}
     for item in region.attribute:
         name, _, number = item.name.rpartition("_")
         if number in own and name not in _OWN:
-            copy = onnx.AttributeProto()
+            copy = AttributeProto()
             copy.CopyFrom(item)
             copy.name = name
             own[number].append(copy)
+
+    def text(name: str, number: int) -> str:
+        found: str = attributes[f"{name}_{number}"].s.decode()
+        return found
+
+    values = list(region.input)
+    members: list[onnx.NodeProto] = []
     for number in range(count):
         places = attributes[f"inputs_{number}"].ints
         inputs = ["" if place == _MISSING else values[place] for place in places]
-        node = onnx.helper.make_node(
-            attributes[f"operator_{number}"].s.decode(), inputs,
-            [attributes[f"output_{number}"].s.decode()],
-            name=attributes[f"name_{number}"].s.decode(), domain=DOMAIN,
-        )  # fmt: skip
+        if number in results:
+            output = region.output[results.index(number)]
+        elif f"output_{number}" in attributes:
+            output = text("output", number)
+        else:
+            output = f"{region.output[0]}_{number}"
+        node = helper.make_node(
+            text("operator", number), inputs, [output], name=text("name", number), domain=DOMAIN
+        )
         node.attribute.extend(own[str(number)])
-        values.append(node.output[0])
+        values.append(output)
         members.append(node)
     return members
 
@@ -247,6 +258,9 @@ def separated(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Args:
         model: not changed; itself where it has no regions.
+
+    Raises:
+        ArtifactError: a region is not what OPERATORS.md says.
     """
     import onnx
 
@@ -256,7 +270,13 @@ def separated(model: onnx.ModelProto) -> onnx.ModelProto:
     result.CopyFrom(model)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        nodes.extend(_members(node) if _is_region(node) else [node])
+        try:
+            nodes.extend(_members(node) if _is_region(node) else [node])
+        except (KeyError, IndexError) as error:
+            raise ArtifactError(
+                f"node '{node.name}' is no region as they are specified ({error}): "
+                "export the file again"
+            ) from error
     _replace(result.graph.node, nodes)
     return result
 
@@ -270,6 +290,9 @@ def separated_copy(path: Path, folder: Path) -> Path | None:
 
     Returns:
         The copy; None, and no copy, where the file has no regions.
+
+    Raises:
+        ArtifactError: a region is not what OPERATORS.md says.
     """
     import onnx
 

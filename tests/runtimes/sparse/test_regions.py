@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from sparse_models import UINT8, Graph, block_sparse, blocks_of
 
+from obc_deploy.errors import ArtifactError
 from obc_deploy.runtimes import sparse
+from obc_deploy.runtimes.onnx_graph import read_onnx_graph
 from obc_deploy.runtimes.regions import JOINED, REGION, joined, separated, separated_copy
 
 needs_kernels = pytest.mark.skipif(not sparse.is_available(), reason=sparse.why_missing())
@@ -264,17 +266,35 @@ def test_a_copy_of_a_file_with_its_operators_one_by_one(tmp_path):
     assert sorted(node.op_type for node in onnx.load(copy).graph.node) == kinds
 
 
-# What is refused.
-
-
-def spoilt(change) -> str:
-    """The message for a region whose node was changed."""
+def small_region() -> onnx.ModelProto:
+    """One region of three operators."""
     graph = Graph()
     graph.input("x", np.zeros((1, 4, 5, 5), np.uint8))
     x = graph.sparse("ToBlocks", ["x"], border=1, zero_point=3)
     a = convolution(graph, x, block_sparse(np.random.default_rng(0), 4, 4, 3, 3, 0.5), 1)
     out = graph.sparse("FromBlocks", [a], channels=4, input_border=1)
-    model = joined(onnx.ModelProto.FromString(graph.model({out: UINT8})))
+    return joined(onnx.ModelProto.FromString(graph.model({out: UINT8})))
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_what_is_handed_on_may_have_no_names(names):
+    region = small_region()
+    for item in region.graph.node[0].attribute:
+        if item.name.startswith("output_") and not names:
+            item.name = f"unknown{item.name}"
+    parted = separated(region).graph.node
+    made = [node.output[0] for node in parted]
+    assert made[-1] == region.graph.output[0].name
+    assert len(set(made)) == 3
+    assert [node.input[0] for node in parted] == ["x", *made[:-1]]
+
+
+# What is refused.
+
+
+def spoilt(change) -> str:
+    """The message for a region whose node was changed."""
+    model = small_region()
     (region,) = model.graph.node
     change(region)
     with pytest.raises(Exception, match=r"Region '\w*': ") as caught:
@@ -327,3 +347,21 @@ def setting(**values):
 )  # fmt: skip
 def test_a_region_that_makes_no_sense(values, message):
     assert re.search(message, spoilt(setting(**values)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"operators": None}, "'region_0' is no region as they are specified .*operators"),
+        ({"results": None}, "no region as they are specified .*results"),
+        ({"inputs_1": None}, "no region as they are specified .*inputs_1"),
+        ({"inputs_1": [40]}, "no region as they are specified .*range.*: export the file again"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_file_whose_region_makes_no_sense(values, message, tmp_path):
+    model = small_region()
+    setting(**values)(model.graph.node[0])
+    onnx.save(model, tmp_path / "spoilt.onnx")
+    with pytest.raises(ArtifactError, match=message):
+        read_onnx_graph(tmp_path / "spoilt.onnx")
