@@ -57,8 +57,6 @@ struct Program {
         }
     }
 
-    int64_t value_of(size_t step) const { return inputs + int64_t(step); }
-
   private:
     Step step(const Attributes& attributes, int64_t number, const OperatorKinds& known) const {
         const std::string op = attributes.text("operator");
