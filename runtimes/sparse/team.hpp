@@ -138,6 +138,7 @@ class Team final : public Threads {
     }
 
     void follow() {
+        if (is_over_) return;  // by then the leader itself comes too, where it is the only thread
         leave_core(leads_on_);
         const int64_t self = ++followers_;
         if (is_over_) return;  // nobody looks for this one any more
