@@ -24,8 +24,9 @@ from obc_deploy.runtimes import sparse
 ENOUGH_WORK = 200_000_000
 """Multiply-accumulates of the copies beyond the first one: dense, half a millisecond or more."""
 MOST_COPIES = 24
-WAKING_S = 0.002
-"""Inferences that do not count go on for so long: a thread that sleeps takes a while to wake."""
+WAKING_S = 0.005
+"""Inferences that do not count go on for so long: a thread that sleeps takes a while to wake, and
+in a small virtual machine a tick of the scheduler, 4 ms, to come to a core of its own."""
 ATTEMPTS = 10
 
 

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from obc_deploy.benchmarks.record import RESULTS, say_stages, take_record
 from obc_deploy.benchmarks.reference_networks import REFERENCE_NETWORKS, SHARED_VARIABLE
-from obc_deploy.benchmarks.sparse_network import EDGES
+from obc_deploy.benchmarks.sparse_network import SAMPLES, pruned_by_magnitude, torchvision_network
 from obc_deploy.errors import MeasurementError, ObcDeployError
-from obc_deploy.schemes import Scheme
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
     from obc_deploy.benchmarks.timed_files import TimedFile
 
@@ -33,10 +32,9 @@ NETWORKS = (
     "fashion_cnn", "cifar10_resnet20", "cifar10_resnet32", "imagenet_mobilenet_v1_075",
     "torchvision:mobilenet_v2", "torchvision:resnet50",
 )  # fmt: skip
-SAMPLES = 16
 
 
-def _network(name: str) -> tuple[nn.Module, Any]:
+def _network(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
     """A network, and images for it."""
     import torch
 
@@ -44,11 +42,7 @@ def _network(name: str) -> tuple[nn.Module, Any]:
 
     prefix, _, model = name.rpartition(":")
     if prefix:
-        import torchvision
-
-        torch.manual_seed(0)
-        network = torchvision.models.get_model(model, weights=None).eval()
-        return network, torch.randn(SAMPLES, 3, 224, 224)
+        return torchvision_network(model, size=224, seed=0)
     shared = reference_networks.needed_shared_data()
     images, _ = reference_networks.load_images(name, "calib", shared, SAMPLES)
     return reference_networks.load_network(name, shared), torch.from_numpy(images)
@@ -65,18 +59,10 @@ def export_both(name: str, scheme: str, folder: Path) -> tuple[Path, Path]:
     Raises:
         MeasurementError: none of its operators are joined.
     """
-    from obc_deploy.calibrated import calibrate
-    from obc_deploy.compression import compress
     from obc_deploy.runtimes.regions import separated_copy
 
     network, images = _network(name)
-    calibrated = calibrate(network, images, source=name, batch_size=8)
-    names = [layer.name for layer in calibrated.layers]
-    edges = EDGES[Scheme.parse(scheme).quantization is not None]
-    made = compress(
-        calibrated, scheme=scheme, method="magnitude", target="ort-sparse",
-        layer_schemes=dict.fromkeys((names[0], names[-1]), edges), fallback=edges,
-    )  # fmt: skip
+    made = pruned_by_magnitude(network, images, scheme, source=name)
     joined = made.export(folder / "joined.onnx", target="ort-sparse", check=False).path
     apart = folder / "apart"
     apart.mkdir()

@@ -290,6 +290,7 @@ class Row:
             without VNNI.
         deepsparse_us: DeepSparse's convolution of the same weights, us; None where it was not run.
         over_deepsparse: DeepSparse's time over ours, median of the turns' ratios.
+        speedups: the turns' ratios that `speedup` is the median of, in order.
     """
 
     network: str
@@ -303,6 +304,7 @@ class Row:
     share_of_limit: float | None
     deepsparse_us: float | None = None
     over_deepsparse: float | None = None
+    speedups: tuple[float, ...] = ()
 
 
 def products_a_microsecond() -> float:
@@ -447,13 +449,15 @@ def _row(shape: Shape, batch: int, threads: int, taken: Turns, zeros: float) -> 
     ]
     beside = taken.beside.get(zeros, Beside([], []))
     over = [d / s for d, s in zip(beside.deepsparse, beside.ours, strict=True)]
+    speedups = tuple(round(d / s, 3) for d, s in zip(dense, ours, strict=True))
     return Row(
         network=shape.network, shape=str(shape), batch=batch, threads=threads, zeros=zeros,
         dense_us=median(dense), sparse_us=median(ours),
-        speedup=median(d / s for d, s in zip(dense, ours, strict=True)),
+        speedup=median(speedups),
         share_of_limit=median(shares) if shares else None,
         deepsparse_us=median(beside.deepsparse) if over else None,
         over_deepsparse=median(over) if over else None,
+        speedups=speedups,
     )  # fmt: skip
 
 
@@ -464,19 +468,24 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Geometric means over shapes, a line for each batch, number of threads and sparsity."""
+    """Geometric means over shapes, a line for each batch, number of threads and sparsity.
+
+    "by turn" are the lowest and the highest mean that a single turn over all shapes gives.
+    """
     lines = [
-        "| batch | threads | zero blocks | over ONNX Runtime int8 | slowest | fastest | "
+        "| batch | threads | zero blocks | over ONNX Runtime int8 | by turn | slowest | fastest | "
         "over DeepSparse | share of the VNNI limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for key in dict.fromkeys((row.batch, row.threads, row.zeros) for row in rows):
         mine = [row for row in rows if (row.batch, row.threads, row.zeros) == key]
         speedups = [row.speedup for row in mine]
         shares = [row.share_of_limit for row in mine if row.share_of_limit is not None]
         over = [row.over_deepsparse for row in mine if row.over_deepsparse is not None]
+        turns = [geometric_mean(turn) for turn in zip(*(row.speedups for row in mine), strict=True)]
         lines.append(
             f"| {key[0]} | {key[1]} | {100 * key[2]:.0f} % | {geometric_mean(speedups):.2f}x | "
+            f"{f'{min(turns):.2f}x to {max(turns):.2f}x' if turns else '-'} | "
             f"{min(speedups):.2f}x | {max(speedups):.2f}x | "
             f"{f'{geometric_mean(over):.2f}x' if over else '-'} | "
             f"{f'{100 * geometric_mean(shares):.0f} %' if shares else '-'} |"

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from obc_deploy.benchmarks.comparison import benchmark
 from obc_deploy.benchmarks.measurement import Measurement
@@ -24,9 +25,61 @@ from obc_deploy.benchmarks.table import markdown_table, times
 from obc_deploy.errors import ObcDeployError
 from obc_deploy.schemes import Scheme
 
+if TYPE_CHECKING:
+    import torch
+
+    from obc_deploy.calibrated import Stage
+    from obc_deploy.compression import CompressedModel
+
 EDGES = {True: "w8a8", False: "dense"}
 """Scheme of the first and the last layer, by whether the others are quantized."""
 SAMPLES = 16
+
+
+def torchvision_network(name: str, *, size: int, seed: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A torchvision network with random weights, and random images.
+
+    Args:
+        name: torchvision's.
+        size: of the square images (`SAMPLES`, 3, size, size).
+        seed: of both.
+    """
+    import torch
+    import torchvision
+
+    torch.manual_seed(seed)
+    network = torchvision.models.get_model(name, weights=None).eval()
+    return network, torch.randn(SAMPLES, 3, size, size)
+
+
+def pruned_by_magnitude(
+    network: torch.nn.Module,
+    samples: torch.Tensor,
+    scheme: str,
+    *,
+    source: str,
+    progress: Stage | None = None,
+) -> CompressedModel:
+    """A network of the speed that `scheme` gives it; its accuracy means nothing.
+
+    Args:
+        network: in eval mode.
+        samples: for calibration, (samples, *input).
+        scheme: of all layers but the first and the last.
+        source: what the network is called.
+        progress: told of what is done.
+    """
+    from obc_deploy.calibrated import calibrate
+    from obc_deploy.compression import compress
+
+    calibrated = calibrate(network, samples, source=source, batch_size=8)
+    names = [layer.name for layer in calibrated.layers]
+    edges = EDGES[Scheme.parse(scheme).quantization is not None]
+    return compress(
+        calibrated, scheme=scheme, method="magnitude", target="ort-sparse",
+        layer_schemes=dict.fromkeys((names[0], names[-1]), edges), fallback=edges,
+        progress=progress,
+    )  # fmt: skip
 
 
 def comparisons(rows: Sequence[Measurement]) -> list[tuple[str, str, float]]:
@@ -60,24 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
     record = take_record("sparse_network")
     say = say_stages()
 
-    import torch
-    import torchvision
-
-    from obc_deploy.calibrated import calibrate
-    from obc_deploy.compression import compress
-
     try:
-        torch.manual_seed(options.seed)
-        network = torchvision.models.get_model(options.network, weights=None).eval()
-        samples = torch.randn(SAMPLES, 3, options.size, options.size)
-        calibrated = calibrate(network, samples, source=options.network, batch_size=8)
-        names = [layer.name for layer in calibrated.layers]
-        edges = EDGES[Scheme.parse(options.scheme).quantization is not None]
-        made = compress(
-            calibrated, scheme=options.scheme, method="magnitude", target="ort-sparse",
-            layer_schemes=dict.fromkeys((names[0], names[-1]), edges), fallback=edges,
-            progress=say,
-        )  # fmt: skip
+        network, samples = torchvision_network(
+            options.network, size=options.size, seed=options.seed
+        )
+        made = pruned_by_magnitude(
+            network, samples, options.scheme, source=options.network, progress=say
+        )
         rows = benchmark(
             [made], runtimes=options.runtime, threads=options.threads, rounds=options.rounds,
             batch_size=options.batch_size, samples_per_round=5, processes=2, time_budget_s=60.0,

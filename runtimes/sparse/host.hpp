@@ -173,8 +173,8 @@ class HostThreads final : public Threads {
                     ++all.count;
                 }
             }
-            while (all.count < cores() && std::chrono::steady_clock::now() < all.end) {
-            }
+            // The others may be waiting for this very core.
+            while (all.count < cores() && std::chrono::steady_clock::now() < all.end) std::this_thread::yield();
         };
         each(cores(), come, &seen);
         return seen.count;

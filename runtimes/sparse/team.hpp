@@ -24,18 +24,20 @@ namespace obc::sparse {
 
 class Team final : public Threads {
   public:
-    // Runs work(threads) on one of the host's threads, with the others around; throws what it throws.
+    // Runs work(threads) on one of the host's threads, with the others around; throws what it throws. Says
+    // whether others came; `expected` are they where they came before.
     template <class Work>
-    static void lead(const Threads& host, const Work& work) {
+    static bool lead(const Threads& host, bool expected, const Work& work) {
         struct Entrance {
             const Work& work;
             Team team;
             std::atomic<bool> has_leader{false};
             std::exception_ptr failure;
-        } entrance{work, {}, {}, {}};
+        } entrance{work, Team(expected), {}, {}};
         const auto come = [](void* user, size_t) {
             Entrance& mine = *static_cast<Entrance*>(user);
             if (mine.has_leader.exchange(true)) return mine.team.follow();
+            mine.team.leader_ = std::this_thread::get_id();
             mine.team.leads_on_ = current_core();
             try {
                 mine.work(mine.team);
@@ -46,6 +48,7 @@ class Team final : public Threads {
         };
         host.each(cores(), come, &entrance);
         if (entrance.failure) std::rethrow_exception(entrance.failure);
+        return entrance.team.present() > 1;
     }
 
     // Called by the leader alone. Each member has a share of its own, the same in each job of as many tasks:
@@ -53,6 +56,7 @@ class Team final : public Threads {
     // thread that wrote it. Who is done with its share goes on with the others'.
     void each(int64_t total, void (*one)(void* user, size_t index), void* user) const override {
         const int64_t members = 1 + followers_.load(std::memory_order_acquire);
+        if (members == 1 && expects_others_) let_others_run();
         if (members == 1 || total > kMostTasks) {
             for (int64_t index = 0; index < total; ++index) one(user, size_t(index));
             return;
@@ -75,8 +79,7 @@ class Team final : public Threads {
     // A host's threads may wait for a core of their own when they are new; those that come later still are
     // found to be present in a later run.
     int64_t count() const override {
-        while (present() < cores() && std::chrono::steady_clock::now() - since_ < kWait) {
-        }
+        while (present() < cores() && std::chrono::steady_clock::now() - since_ < kWait) std::this_thread::yield();
         return present();
     }
 
@@ -85,7 +88,10 @@ class Team final : public Threads {
     bool waiting() const override { return true; }
 
   private:
+    explicit Team(bool expects_others) : expects_others_(expects_others) {}
+
     static constexpr std::chrono::milliseconds kWait{4};
+    static constexpr std::chrono::microseconds kFollowersCome{2};  // where they have cores of their own
     static constexpr std::chrono::milliseconds kBetweenMoves{5};
 
     // Of `open`: a job's number, and how many of its tasks nobody has begun.
@@ -138,8 +144,10 @@ class Team final : public Threads {
     }
 
     void follow() {
-        if (is_over_) return;  // by then the leader itself comes too, where it is the only thread
-        leave_core(leads_on_);
+        const int core = leads_on_;
+        // Once all is over the leader itself comes here, where no other thread was in time.
+        if (core >= 0 && std::this_thread::get_id() != leader_) leave_core(core);
+        if (is_over_) return;
         const int64_t self = ++followers_;
         if (is_over_) return;  // nobody looks for this one any more
         for (Patience patience;;) {
@@ -156,6 +164,14 @@ class Team final : public Threads {
         }
     }
 
+    // Those that do not come may be waiting for this very core: see leave_core. Or they sleep, or are busy: they
+    // are let run less and less often.
+    void let_others_run() const {
+        if (std::chrono::steady_clock::now() - since_ < alone_for_) return;
+        std::this_thread::yield();
+        alone_for_ = 2 * (std::chrono::steady_clock::now() - since_);
+    }
+
     static int current_core() {
 #if defined(__linux__)
         return sched_getcpu();
@@ -169,7 +185,7 @@ class Team final : public Threads {
     // they take turns of milliseconds while another core is idle.
     static void leave_core(int core) {
 #if defined(__linux__)
-        if (core < 0 || current_core() != core) return;
+        if (current_core() != core) return;
         // Not all the time: there may be more threads than cores.
         static thread_local std::chrono::steady_clock::time_point not_before;
         const auto now = std::chrono::steady_clock::now();
@@ -196,6 +212,9 @@ class Team final : public Threads {
     alignas(64) mutable std::atomic<void (*)(void*, size_t)> one_{nullptr};
     mutable std::atomic<void*> user_{nullptr};
     mutable uint64_t job_ = 0;
+    const bool expects_others_;
+    mutable std::chrono::steady_clock::duration alone_for_ = kFollowersCome;
+    std::thread::id leader_;         // known once leads_on_ is
     std::atomic<int> leads_on_{-1};  // core
     std::atomic<bool> is_over_{false};
     alignas(64) mutable std::atomic<int64_t> done_{0};

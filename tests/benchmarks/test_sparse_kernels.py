@@ -160,13 +160,16 @@ def test_small_operators_have_more_copies() -> None:
 
 def test_means_are_over_shapes_and_geometric() -> None:
     rows = [
-        Row("net", f"shape {n}", 1, 1, zeros, 100.0, 100.0 / s, s, 0.2 * n)
+        Row(
+            "net", f"shape {n}", 1, 1, zeros, 100.0, 100.0 / s, s, 0.2 * n,
+            speedups=(s / 2, s, 4 * s),
+        )
         for zeros, speedups in ((0.5, (1.0, 4.0)), (0.9, (2.0, 8.0)))
         for n, s in enumerate(speedups, 1)
-    ]
+    ]  # fmt: skip
     lines = summary(rows).splitlines()
-    assert "| 50 % | 2.00x | 1.00x | 4.00x | - | 28 % |" in lines[2]
-    assert "| 90 % | 4.00x | 2.00x | 8.00x | - | 28 % |" in lines[3]
+    assert "| 50 % | 2.00x | 1.00x to 8.00x | 1.00x | 4.00x | - | 28 % |" in lines[2]
+    assert "| 90 % | 4.00x | 2.00x to 16.00x | 2.00x | 8.00x | - | 28 % |" in lines[3]
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
     assert math.isclose(geometric_mean(np.full(3, 5.0)), 5.0)
 

@@ -143,7 +143,7 @@ class Region {
             Tensor& value = values[inputs.size() + program_.outputs[k]];
             value.data = output(k, value.shape);
         }
-        Team::lead(threads, [&](const Threads& team) {
+        const bool others_came = Team::lead(threads, has_others_, [&](const Threads& team) {
             std::vector<Tensor> arguments;
             for (size_t i = 0; i < program_.steps.size(); ++i) {
                 const Program::Step& step = program_.steps[i];
@@ -156,14 +156,14 @@ class Region {
                 of_step(step, [&] { operators_[i]->run(Run(arguments, team), result); });
             }
         });
+        if (others_came) has_others_ = true;
     }
 
   private:
     // Where values lie, for inputs of certain shapes.
     struct Layout {
-        std::vector<Shape> shapes;    // of the inputs
-        std::vector<Tensor> values;   // of inputs and steps; where, is known when it runs
-        std::vector<int64_t> offsets; // of each step's result in the region's memory
+        std::vector<Tensor> values;    // of inputs and steps; where, is known when it runs
+        std::vector<int64_t> offsets;  // of each step's result in the region's memory
         int64_t bytes = 0;
     };
 
@@ -204,8 +204,8 @@ class Region {
         constexpr size_t kKept = 4;
         std::lock_guard<std::mutex> lock(mutex_);
         for (const auto& layout : layouts_) {
-            const auto same = [](const Tensor& tensor, const Shape& shape) { return tensor.shape == shape; };
-            if (std::equal(inputs.begin(), inputs.end(), layout->shapes.begin(), same)) return layout;
+            const auto same = [](const Tensor& one, const Tensor& other) { return one.shape == other.shape; };
+            if (std::equal(inputs.begin(), inputs.end(), layout->values.begin(), same)) return layout;
         }
         if (layouts_.size() == kKept) layouts_.erase(layouts_.begin());
         layouts_.push_back(std::make_shared<const Layout>(layout_of(inputs)));
@@ -215,7 +215,6 @@ class Region {
     Layout layout_of(const std::vector<Tensor>& inputs) const {
         Layout layout;
         layout.values = inputs;
-        for (const Tensor& input : inputs) layout.shapes.push_back(input.shape);
         // The last step that reads each result; of those that leave the region, none.
         std::vector<size_t> last_read(program_.steps.size(), 0);
         std::vector<bool> leaves(program_.steps.size());
@@ -250,83 +249,57 @@ class Region {
     Program program_;
     std::vector<std::unique_ptr<Operator>> operators_;
     std::vector<std::optional<Tensor>> constants_;
+    mutable std::atomic<bool> has_others_{false};  // threads that take part
     mutable std::mutex mutex_;
     mutable std::vector<std::shared_ptr<const Layout>> layouts_;
     const std::shared_ptr<ScratchPool> memory_ = ScratchPool::shared();
 };
 
 // The node. It takes those operators whose output is codes, for the host must know the type of its own.
-class RegionOperator : public ort::CustomOp {
+class RegionOperator : public CustomNode<RegionOperator> {
   public:
     static constexpr const char* kName = "Region";
+    using Work = Region;
 
-    explicit RegionOperator(const OperatorKinds& kinds) : ort::CustomOp(described()), kinds_(kinds) {
-        get_name = [](const CustomOp*) { return kName; };
+    explicit RegionOperator(const OperatorKinds& kinds) : kinds_(kinds) {
         get_input_count = [](const CustomOp*) -> size_t { return 1; };
         get_input_type = [](const CustomOp*, size_t) -> int { return ort::kUndefined; };
         get_input_characteristic = [](const CustomOp*, size_t) -> int { return ort::kVariadic; };
         get_variadic_input_homogeneity = [](const CustomOp*) { return 0; };
         get_output_type = [](const CustomOp*, size_t) -> int { return ort::kUint8; };
         get_output_characteristic = [](const CustomOp*, size_t) -> int { return ort::kVariadic; };
-        create_kernel_v2 = create;
-        kernel_compute_v2 = compute;
-        kernel_destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-        infer_output_shape = infer;
     }
 
-    const ort::Api* host = nullptr;  // set when the library is registered; inference is not told of it
+    Region work(const ort::Api& api, const ort::KernelInfo* info) const {
+        size_t inputs = 0, outputs = 0;
+        require(api.kernel_info_get_input_count(info, &inputs));
+        require(api.kernel_info_get_output_count(info, &outputs));
+        return {api, info, KernelAttributes(api, info), kinds_, int64_t(inputs), outputs};
+    }
+
+    static void run(const Region& region, const ort::Api& api, ort::KernelContext* context) {
+        const std::vector<Tensor> inputs = inputs_of(api, context, region.constants());
+        region.run(inputs, HostThreads(api, context), [&](size_t index, const Shape& shape) {
+            return output_of(api, context, index, ort::kUint8, shape).data;
+        });
+    }
+
+    void infer(const ort::Api& api, ort::InferenceContext* context) const {
+        std::vector<Shape> inputs = inferred_shapes(api, context);
+        const InferenceAttributes source(api, context);
+        const Program program(source, kinds_, int64_t(inputs.size()));
+        const std::vector<Shape> results =
+            shapes_of(program, std::move(inputs),
+                      [&](const Program::Step& step, size_t number, const std::vector<Shape>& arguments) {
+                          const NumberedAttributes own(source, int64_t(number));
+                          return step.kind->infer(Attributes(own), arguments);
+                      });
+        for (size_t k = 0; k < program.outputs.size(); ++k) {
+            infer_output(api, context, k, ort::kUint8, results[program.outputs[k]]);
+        }
+    }
 
   private:
-    struct Kernel {
-        const ort::Api& api;
-        std::string node;
-        Region region;
-    };
-
-    static ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
-                               void** kernel) {
-        *kernel = nullptr;
-        std::string node;
-        return status_of(*api, kName, node, [&] {
-            node = node_name(*api, info);
-            size_t inputs = 0, outputs = 0;
-            require(api->kernel_info_get_input_count(info, &inputs));
-            require(api->kernel_info_get_output_count(info, &outputs));
-            const KernelAttributes source(*api, info);
-            const OperatorKinds& kinds = static_cast<const RegionOperator*>(op)->kinds_;
-            *kernel = new Kernel{*api, node, {*api, info, source, kinds, int64_t(inputs), outputs}};
-        });
-    }
-
-    static ort::Status* compute(void* kernel, ort::KernelContext* context) {
-        const Kernel& mine = *static_cast<const Kernel*>(kernel);
-        return status_of(mine.api, kName, mine.node, [&] {
-            const std::vector<Tensor> inputs = inputs_of(mine.api, context, mine.region.constants());
-            mine.region.run(inputs, HostThreads(mine.api, context), [&](size_t index, const Shape& shape) {
-                return output_of(mine.api, context, index, ort::kUint8, shape).data;
-            });
-        });
-    }
-
-    static ort::Status* infer(const ort::CustomOp* op, ort::InferenceContext* context) {
-        const RegionOperator& mine = *static_cast<const RegionOperator*>(op);
-        const ort::Api& api = *mine.host;
-        return try_to_infer(api, [&] {
-            std::vector<Shape> inputs = inferred_shapes(api, context);
-            const InferenceAttributes source(api, context);
-            const Program program(source, mine.kinds_, int64_t(inputs.size()));
-            const std::vector<Shape> results = shapes_of(
-                program, std::move(inputs),
-                [&](const Program::Step& step, size_t number, const std::vector<Shape>& arguments) {
-                    const NumberedAttributes own(source, int64_t(number));
-                    return step.kind->infer(Attributes(own), arguments);
-                });
-            for (size_t k = 0; k < program.outputs.size(); ++k) {
-                infer_output(api, context, k, ort::kUint8, results[program.outputs[k]]);
-            }
-        });
-    }
-
     OperatorKinds kinds_;
 };
 
