@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from obc_deploy.runtimes import onnxruntime_cpu
 from obc_deploy.runtimes.contract import LayerProfile, TensorSpec
 from obc_deploy.runtimes.onnx_graph import INT8, MULTIPLYING, OnnxGraph, OnnxNode, read_onnx_graph
+from obc_deploy.runtimes.regions import regions_of
 from obc_deploy.runtimes.registry import find_runtime
 from obc_deploy.runtimes.session import Session, open_session
 
@@ -42,6 +43,8 @@ class AuditedLayer:
             all; None where it does not say.
         native: the runtime's own engine ran it.
         int8: it multiplied 8-bit integers.
+        region: the node that runs it together with its neighbours among our sparse operators, of
+            which `ms` says what they take one by one; None where it runs alone.
     """
 
     name: str
@@ -53,6 +56,7 @@ class AuditedLayer:
     kernel_sparsity: float | None
     native: bool
     int8: bool
+    region: str | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,7 @@ def _audit_onnxruntime(
         profiled = session.profile(inputs, iterations=iterations, optimized_model=written)
         optimized = read_onnx_graph(written)
     assigned = _assign(graph, optimized)
+    regions = regions_of(session.path)
     made = {node.name: node for node in optimized.nodes if node.name}
     steps = [
         LayerProfile(
@@ -260,8 +265,12 @@ def _audit_onnxruntime(
                 target.name, target.op_type, 0.0, native=True, int8=target.op_type in INT8
             )
         layer = _described(graph, node, step, shared=target is None or target.name not in timed)
-        skipped = graph.kernel_sparsity(node)
-        layers.append(AuditedLayer(**{**vars(layer), "kernel_sparsity": skipped, "native": True}))
+        more = {
+            "kernel_sparsity": graph.kernel_sparsity(node),
+            "native": True,
+            "region": regions.get(node.outputs[0]),
+        }
+        layers.append(AuditedLayer(**{**vars(layer), **more}))
     floats = [
         layer
         for node, layer in zip(graph.layers, layers, strict=True)

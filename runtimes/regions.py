@@ -253,6 +253,17 @@ def _members(region: onnx.NodeProto) -> list[onnx.NodeProto]:
     return members
 
 
+def _separated(region: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """`_members` of a region that may be malformed."""
+    try:
+        return _members(region)
+    except (KeyError, IndexError) as error:
+        raise ArtifactError(
+            f"node '{region.name}' is no region as they are specified ({error}): "
+            "export the file again"
+        ) from error
+
+
 def separated(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same model with each region's operators in its place.
 
@@ -270,15 +281,29 @@ def separated(model: onnx.ModelProto) -> onnx.ModelProto:
     result.CopyFrom(model)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        try:
-            nodes.extend(_members(node) if _is_region(node) else [node])
-        except (KeyError, IndexError) as error:
-            raise ArtifactError(
-                f"node '{node.name}' is no region as they are specified ({error}): "
-                "export the file again"
-            ) from error
+        nodes.extend(_separated(node) if _is_region(node) else [node])
     _replace(result.graph.node, nodes)
     return result
+
+
+def regions_of(path: Path) -> dict[str, str]:
+    """Which region computes a value: its name, by the value's name once regions are taken apart.
+
+    Args:
+        path: an ONNX file.
+
+    Raises:
+        ArtifactError: a region is not what OPERATORS.md says.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    return {
+        member.output[0]: node.name
+        for node in model.graph.node
+        if _is_region(node)
+        for member in _separated(node)
+    }
 
 
 def separated_copy(path: Path, folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -579,6 +580,11 @@ def _show_audit(
             "yes" if layer.native else "no", milliseconds(layer.ms),
         )  # fmt: skip
     out.show(table)
+    for region, count in Counter(layer.region for layer in found.layers if layer.region).items():
+        out.line(
+            f"{count} of these layers run as one node, '{region}', with what stands between them; "
+            "their times are of the same operators one by one"
+        )
     if counted is not None and counted.total:
         out.line(
             f"{counted.accelerated} of {counted.total} compressed layers ran as they were made to "

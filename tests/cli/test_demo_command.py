@@ -33,6 +33,10 @@ def test_the_demo_shows_that_all_parts_work(run: Run, tmp_path: Path) -> None:
     assert ours["size_bytes"] < 0.25 * dense["size_bytes"]
     assert ours["predicted_speedup"]["bops"] > 30.0
     assert all((folder / name).exists() for name in MADE)
+    (compressed,) = (path for path in (folder / "runs").iterdir() if "block4" in path.name)
+    audited = run("audit", compressed, "-r", "ort-sparse", "--threads", 1)
+    assert audited.code == 0, audited.err
+    assert "run as one node, 'region_0'" in " ".join(audited.out.split())
     (folder / "thesis.txt").write_text("mine", encoding="utf-8")
     (folder / ".obc-deploy-demo").unlink()
     again = run(*asked)

@@ -429,6 +429,10 @@ def test_sessions_load_the_library_and_the_audit_counts_the_zeros(exported):
             assert skipped[layer.output] >= 1 - float(blocks_there.float().mean()) - 1e-6
     assert not audited.fallback
     assert not audited.reasons
+    nodes = onnx.load(artifact.path).graph.node
+    (region,) = (node.name for node in nodes if node.op_type == "Region")
+    for layer in audited.layers:
+        assert layer.region == (region if layer.operator == "SparseConvolution" else None)
 
 
 def test_without_the_library(exported, tmp_path, everywhere, monkeypatch):
