@@ -19,7 +19,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
+# In KiB. Torch brings CUDA's libraries; 6 GB in all, beside which pip unpacks 3 GB of wheels.
+ROOM := 9500000
+LITTLE_ROOM := an environment takes up to 6 GB, and 3 GB of TMPDIR (else /tmp) while pip installs
+
 $(VENV)/.installed: $(BIN)/python pyproject.toml $(wildcard obc_deploy/native/*.[ch]pp runtimes/sparse/*.[ch]pp runtimes/sparse/*/*.hpp)
+	@test -e $@ || df -Pk . "$${TMPDIR:-/tmp}" | awk 'NR > 1 && $$4 < $(ROOM) && !seen[$$6]++ { \
+	printf "note: %.1f GB are free on %s; %s\n", $$4 / 1e6, $$6, "$(LITTLE_ROOM)" }' >&2
 	$(BIN)/python -m pip install -qq --editable '.[demo,dev]'
 	@touch $@
 
