@@ -389,8 +389,7 @@ def _manifest(
     measured = needs_hessian(settings.method)
     notes = [f"{layer.name}: {layer.reason}" for layer in calibrated.unsupported]
     if target is not None and role == "compressed":
-        vnni = bool({"avx512_vnni", "avx_vnni"} & set(machine.cpu_features))
-        notes += preflight(target, calibrated.layers, schemes, vnni=vnni)
+        notes += preflight(target, calibrated.layers, schemes, cpu_features=machine.cpu_features)
     return Manifest(
         role=role,
         scheme=scheme,

@@ -6,7 +6,7 @@ any work what will not speed up there, and why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
@@ -197,6 +197,10 @@ DEEPSPARSE = Target(
     skips_from=0.62,
 )
 
+INTEGER_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
+"""CPU features that multiply and add four 8-bit values at once."""
+SHARED_BLOCKS = "avx512_vnni"
+"""The CPU feature whose kernels load once what two output channels share."""
 _UNAVOIDABLE_CHANGES = 3
 """Changes between dense and sparse layers that are not worth a word: the first and the last layer
 keep their weights as a rule, and one layer in between may."""
@@ -363,12 +367,32 @@ def _sparse_operators_obstacle(target: Target, scheme: Scheme) -> str | None:
     return None
 
 
+def _shared_blocks_obstacle(
+    target: Target, scheme: Scheme, cpu_features: Collection[str] | None
+) -> str | None:
+    """Why blocks that two output channels share gain nothing over free ones."""
+    pattern = scheme.pattern
+    if not isinstance(pattern, Block4) or pattern.together == 1:
+        return None
+    if Block4 not in target.sparse_from:
+        return None
+    instead = f"use '{Block4(pattern.sparsity)}', which loses less"
+    if not target.sparse_operators:
+        return f"{target.name} has no kernels for blocks that output channels share: {instead}"
+    if cpu_features is None or SHARED_BLOCKS in cpu_features:
+        return None
+    return (
+        "this CPU has no AVX-512 VNNI, and only its kernels load a block once for both channels of "
+        f"{pattern.kind}: {instead}"
+    )
+
+
 def preflight(
     target: Target,
     layers: Sequence[Layer],
     schemes: Mapping[str, Scheme],
     *,
-    vnni: bool | None = None,
+    cpu_features: Collection[str] | None = None,
 ) -> list[str]:
     """What will not speed up on a target, one line a reason, with the layers it holds for.
 
@@ -376,7 +400,8 @@ def preflight(
         target: where the network is to run.
         layers: the network's layers.
         schemes: the layers' schemes by name.
-        vnni: whether the CPU has VNNI; None where unknown.
+        cpu_features: the CPU's, of `obc_deploy.runtimes.fingerprint.CPU_FEATURES`; None where
+            unknown.
     """
     reasons: dict[str, list[str]] = {}
     quantized = False
@@ -384,7 +409,10 @@ def preflight(
         scheme = schemes.get(layer.name, Scheme())
         if scheme.is_dense:
             continue
-        obstacles = [_pattern_obstacle(target, scheme)]
+        obstacles = [
+            _pattern_obstacle(target, scheme),
+            _shared_blocks_obstacle(target, scheme, cpu_features),
+        ]
         if scheme.quantization is not None:
             obstacle = int8_obstacle(layer, scheme)
             quantized = quantized or obstacle is None
@@ -417,6 +445,9 @@ def preflight(
             "on a CIFAR-10 ResNet-20; prune neighbours alike, or ask for a latency budget, which "
             "counts changes"
         )
-    if quantized and vnni is False and target.measured:
-        lines.append("this CPU has no VNNI: int8 may be no faster than float here")
+    slow = cpu_features is not None and INTEGER_PRODUCTS.isdisjoint(cpu_features)
+    if quantized and slow and target.measured:
+        lines.append(
+            "this CPU has no 8-bit dot products (VNNI): int8 may be no faster than float here"
+        )
     return lines

@@ -315,8 +315,8 @@ def _show_plan(out: Output, work: Compression) -> None:
         for layer in calibrated.layers
     ]
     notes = [f"{layer.name}: {layer.reason}" for layer in calibrated.unsupported]
-    vnni = bool({"avx512_vnni", "avx_vnni"} & set(take_fingerprint().cpu_features))
-    notes += preflight(work.target, calibrated.layers, schemes, vnni=vnni)
+    features = take_fingerprint().cpu_features
+    notes += preflight(work.target, calibrated.layers, schemes, cpu_features=features)
     table = Table("layer", "kind", "scheme", title=f"Plan for {work.model}", title_justify="left")
     for title in ("rows x cols", "MACs", "MACs left"):
         table.add_column(title, justify="right", no_wrap=True)

@@ -422,9 +422,9 @@ def _notes(model: Any, goal: Target, notes: list[str]) -> list[str]:
     from obc_deploy.schemes import Scheme
     from obc_deploy.targets import preflight
 
-    vnni = bool({"avx512_vnni", "avx_vnni"} & set(take_fingerprint().cpu_features))
+    features = take_fingerprint().cpu_features
     schemes = {record.name: Scheme.parse(record.scheme) for record in model.manifest.layers}
-    return [*preflight(goal, model.layers, schemes, vnni=vnni), *notes]
+    return [*preflight(goal, model.layers, schemes, cpu_features=features), *notes]
 
 
 def audit(

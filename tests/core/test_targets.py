@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from obc_deploy.layers import LayerKind
 from obc_deploy.schemes import Scheme
 from obc_deploy.targets import TARGETS, preflight
 
@@ -44,3 +45,44 @@ def test_sparse_layers_among_dense_ones_are_told_of_where_they_cost(schemes, cha
         assert f"({changes} changes in network order)" in lines[0]
     assert said("ort-sparse", schemes) == []
     assert said("onnxruntime", schemes) == []
+
+
+VNNI, NEWER_AVX2, DOT = ("avx2", "avx512f", "avx512_vnni"), ("avx2", "avx_vnni"), ("asimddp",)
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "features", "told"),
+    [
+        ("ort-sparse", "block4x2@0.9", ("avx2",), "no AVX-512 VNNI"),
+        ("ort-sparse", "block4x2@0.9", NEWER_AVX2, "no AVX-512 VNNI"),
+        ("ort-sparse", "block4x2@0.9", VNNI, None),
+        ("ort-sparse", "block4x2@0.9", None, None),
+        ("ort-sparse", "block4@0.9", ("avx2",), None),
+        ("deepsparse", "block4x2@0.9", VNNI, "deepsparse has no kernels"),
+        ("onnxruntime", "block4x2@0.9", ("avx2",), None),
+    ],
+)
+def test_blocks_that_channels_share_are_told_of_where_nothing_reads_them_so(
+    target, scheme, features, told
+):
+    chosen = {"layer": Scheme.parse(scheme)}
+    lines = preflight(TARGETS[target], [Named("layer")], chosen, cpu_features=features)
+    found = [line for line in lines if "use 'block4@0.9', which loses less (layer)" in line]
+    assert len(found) == (told is not None)
+    if told is not None:
+        assert told in found[0]
+
+
+@pytest.mark.parametrize(
+    ("features", "told"),
+    [(("avx2",), True), (("asimd",), True), (VNNI, False), (NEWER_AVX2, False), (DOT, False),
+     (None, False)],
+)  # fmt: skip
+def test_int8_without_dot_products_is_told_of(features, told):
+    @dataclass(frozen=True)
+    class Int8(Named):
+        kind: LayerKind = LayerKind.LINEAR
+
+    chosen = {"layer": Scheme.parse("w8a8")}
+    lines = preflight(TARGETS["onnxruntime"], [Int8("layer")], chosen, cpu_features=features)
+    assert any("no 8-bit dot products" in line for line in lines) == told
