@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +174,7 @@ def _audit_deepsparse(
         shared = step is not None and names.count(step.name) > 1
         int8 = step is not None and step.native is not False and node.op_type in INT8
         layer = _described(graph, node, step, shared)
-        layers.append(AuditedLayer(**{**vars(layer), "int8": int8}))
+        layers.append(replace(layer, int8=int8))
     fraction = float(session.facts["fraction_native"])
     left = [layer for layer in layers if not layer.native]
     reasons = list(find_runtime(session.runtime).fallbacks(graph))
@@ -265,12 +265,12 @@ def _audit_onnxruntime(
                 target.name, target.op_type, 0.0, native=True, int8=target.op_type in INT8
             )
         layer = _described(graph, node, step, shared=target is None or target.name not in timed)
-        more = {
-            "kernel_sparsity": graph.kernel_sparsity(node),
-            "native": True,
-            "region": regions.get(node.outputs[0]),
-        }
-        layers.append(AuditedLayer(**{**vars(layer), **more}))
+        layers.append(
+            replace(
+                layer, kernel_sparsity=graph.kernel_sparsity(node), native=True,
+                region=regions.get(node.outputs[0]),
+            )
+        )  # fmt: skip
     floats = [
         layer
         for node, layer in zip(graph.layers, layers, strict=True)

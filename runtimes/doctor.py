@@ -18,6 +18,7 @@ from obc_deploy.runtimes.contract import RuntimeInfo
 from obc_deploy.runtimes.fingerprint import Fingerprint, take_fingerprint
 from obc_deploy.runtimes.registry import RUNTIMES
 from obc_deploy.runtimes.session import open_session
+from obc_deploy.targets import INTEGER_PRODUCTS
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -263,8 +264,8 @@ def explain_cpu(features: tuple[str, ...], machine: str) -> tuple[CpuFeature, ..
         machine: its architecture, as `platform.machine` spells it.
     """
     has = set(features)
+    dot = not INTEGER_PRODUCTS.isdisjoint(has)
     if machine in ("aarch64", "arm64"):
-        dot = "asimddp" in has
         return (
             CpuFeature(
                 "SDOT",
@@ -274,7 +275,6 @@ def explain_cpu(features: tuple[str, ...], machine: str) -> tuple[CpuFeature, ..
                 else "int8 networks are hardly faster than float ones",
             ),
         )
-    vnni = bool(has & {"avx512_vnni", "avx_vnni"})
     return (
         CpuFeature(
             "AVX2",
@@ -290,9 +290,9 @@ def explain_cpu(features: tuple[str, ...], machine: str) -> tuple[CpuFeature, ..
         ),
         CpuFeature(
             "VNNI",
-            vnni,
+            dot,
             "four 8-bit products an instruction: int8 is faster, and exact"
-            if vnni
+            if dot
             else "int8 is hardly faster than float, and ONNX Runtime's 8-bit products (uint8 "
             "activations, int8 weights) saturate at 16 bits: use 7-bit weights (w7a8) or float",
         ),
@@ -302,7 +302,7 @@ def explain_cpu(features: tuple[str, ...], machine: str) -> tuple[CpuFeature, ..
             "tile products for dense int8 and bfloat16"
             if "amx_int8" in has
             else "no tile products: dense int8 runs at VNNI speed"
-            if vnni
+            if dot
             else "no tile products",
         ),
     )
